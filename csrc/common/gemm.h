@@ -1,0 +1,187 @@
+// The matrix product that everything here comes down to: a register tile of a few rows times a panel of four vectors
+// of columns. The panel's operand is packed once ([depth][columns], zero-padded); the other is read where it lies, one
+// pointer a row. A tile of 6 x 64 floats keeps an AVX-512 core at its multiply-add limit with both operands in L2, so
+// no further blocking is needed at the sizes of recurrent networks.
+//
+// Every output element is one chain of multiply-adds over the depth, in order, whatever the tile: results do not
+// depend on how rows or columns are shared among tiles or threads, nor on how many rows there are.
+#pragma once
+
+#include <cstdint>
+
+#include "common/parallel.h"
+#include "common/simd.h"
+
+namespace genfuse {
+GENFUSE_NAMESPACE {
+
+inline constexpr int kPanelVectors = 4;
+template <class T>
+inline constexpr int kPanel = kPanelVectors * kLanes<T>;
+// Accumulators, one row of the panel and a broadcast must fit the registers.
+inline constexpr int kTileRows = kVectorRegisters == 32 ? 6 : 3;
+
+GENFUSE_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+GENFUSE_HD int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+GENFUSE_HD int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
+GENFUSE_HD int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// out[r][0 .. NV vectors) = sum over k of rows[r][k * step] * panel[k][0 .. NV vectors); P is T, or bf16 as uint16_t.
+template <class T, int MR, int NV, class P>
+__attribute__((noinline)) void multiply_tile(int64_t depth, const T* const* rows, int64_t step, const P* panel, T* out) {
+  using V = Vec<T>;
+  V acc[MR][NV];
+  const T* a[MR];
+#pragma GCC unroll 8
+  for (int r = 0; r < MR; ++r) {
+    a[r] = rows[r];
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) acc[r][v] = V{};
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    V b[NV];
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) {
+      if constexpr (sizeof(P) == 2) {
+        b[v] = load_bf16(panel + v * kLanes<T>);
+      } else {
+        b[v] = load(panel + v * kLanes<T>);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r) {
+      const V x = broadcast(a[r][k * step]);
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) acc[r][v] += x * b[v];
+    }
+    panel += NV * kLanes<T>;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) store(out + (r * NV + v) * kLanes<T>, acc[r][v]);
+  }
+}
+
+template <int NV, class T, class P>
+inline void multiply_rows(int count, int64_t depth, const T* const* rows, int64_t step, const P* panel, T* out) {
+  switch (count) {
+    case 1: return multiply_tile<T, 1, NV>(depth, rows, step, panel, out);
+    case 2: return multiply_tile<T, 2, NV>(depth, rows, step, panel, out);
+    case 3: return multiply_tile<T, 3, NV>(depth, rows, step, panel, out);
+    default: break;
+  }
+  if constexpr (kTileRows > 3) {
+    switch (count) {
+      case 4: return multiply_tile<T, 4, NV>(depth, rows, step, panel, out);
+      case 5: return multiply_tile<T, 5, NV>(depth, rows, step, panel, out);
+      case 6: return multiply_tile<T, 6, NV>(depth, rows, step, panel, out);
+      default: break;
+    }
+  }
+}
+
+// `vectors` is the panel's width; out is [count][vectors][lanes].
+template <class T, class P>
+inline void multiply(int count, int vectors, int64_t depth, const T* const* rows, int64_t step, const P* panel, T* out) {
+  switch (vectors) {
+    case 1: return multiply_rows<1>(count, depth, rows, step, panel, out);
+    case 2: return multiply_rows<2>(count, depth, rows, step, panel, out);
+    case 3: return multiply_rows<3>(count, depth, rows, step, panel, out);
+    default: return multiply_rows<4>(count, depth, rows, step, panel, out);
+  }
+}
+
+// The same from weights that are not packed, for a handful of rows used once: weight(column) is that column's
+// contiguous vector of `depth` values, or null for padding. Summed lane by lane, so the rounding differs from
+// multiply's, but not with the number of rows.
+template <class T, class Weight>
+inline void multiply_unpacked(int count, int columns, int64_t depth, const T* const* rows, Weight weight, T* out) {
+  using V = Vec<T>;
+  constexpr int lanes = kLanes<T>;
+  constexpr int group = 4;
+  const int64_t whole = depth / lanes * lanes;
+  const int rest = static_cast<int>(depth - whole);
+  for (int column = 0; column < columns; column += group) {
+    const T* w[group];
+    for (int j = 0; j < group; ++j) {
+      w[j] = weight(column + j);
+    }
+    for (int j = 0; j < group; ++j) {
+      if (w[j] == nullptr) w[j] = w[0];
+    }
+    for (int r = 0; r < count; ++r) {
+      T* to = out + static_cast<int64_t>(r) * columns + column;
+      if (w[0] == nullptr) {
+        for (int j = 0; j < group; ++j) to[j] = 0;
+        continue;
+      }
+      V even[group]{}, odd[group]{};
+      int64_t k = 0;
+      for (; k + 2 * lanes <= whole; k += 2 * lanes) {
+        const V x0 = load(rows[r] + k), x1 = load(rows[r] + k + lanes);
+#pragma GCC unroll 4
+        for (int j = 0; j < group; ++j) {
+          even[j] += x0 * load(w[j] + k);
+          odd[j] += x1 * load(w[j] + k + lanes);
+        }
+      }
+      if (k < whole) {
+        const V x0 = load(rows[r] + k);
+        for (int j = 0; j < group; ++j) even[j] += x0 * load(w[j] + k);
+      }
+      if (rest > 0) {
+        const V x1 = load_partial(rows[r] + whole, rest);
+        for (int j = 0; j < group; ++j) odd[j] += x1 * load_partial(w[j] + whole, rest);
+      }
+      for (int j = 0; j < group; ++j) to[j] = weight(column + j) == nullptr ? 0 : sum<T>(even[j] + odd[j]);
+    }
+  }
+}
+
+// Packs `columns` columns (a multiple of the lanes) of depth values each; source(column) is contiguous over the depth,
+// or null for zeros.
+template <class T, class Source>
+inline void pack_columns(int columns, int64_t depth, Source source, T* panel) {
+  constexpr int64_t block = 16;
+  for (int64_t k0 = 0; k0 < depth; k0 += block) {
+    const int64_t k1 = minimum(k0 + block, depth);
+    for (int column = 0; column < columns; ++column) {
+      const T* from = source(column);
+      T* to = panel + column;
+      if (from == nullptr) {
+        for (int64_t k = k0; k < k1; ++k) to[k * columns] = 0;
+      } else {
+        for (int64_t k = k0; k < k1; ++k) to[k * columns] = from[k];
+      }
+    }
+  }
+}
+
+// Packs columns [first, first + valid) of rows that are contiguous over the columns; source(k) is row k or null.
+template <class T, class Source>
+inline void pack_rows(int columns, int64_t valid, int64_t depth, Source source, int64_t first, T* panel) {
+  for (int64_t k = 0; k < depth; ++k, panel += columns) {
+    const T* from = source(k);
+    for (int v = 0; v < columns; v += kLanes<T>) {
+      Vec<T> value{};
+      if (from != nullptr && v < valid) value = load_upto(from + first + v, valid - v);
+      store(panel + v, value);
+    }
+  }
+}
+
+// Cuts `count` rows into tiles of at most kTileRows whose sizes differ by at most one, and calls tile(first, size).
+template <class F>
+inline void for_tiles(int64_t begin, int64_t end, F tile) {
+  const int64_t count = end - begin;
+  if (count <= 0) return;
+  const int64_t tiles = ceil_div(count, kTileRows);
+  for (int64_t i = 0; i < tiles; ++i) {
+    const Range range = {begin + i * count / tiles, begin + (i + 1) * count / tiles};
+    tile(range.begin, static_cast<int>(range.end - range.begin));
+  }
+}
+
+}
+}  // namespace genfuse

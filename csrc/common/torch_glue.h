@@ -1,0 +1,111 @@
+// The one header that knows torch, through the LibTorch Stable ABI only: allocation, checks, threads.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "common/kernel.h"
+#include "common/parallel.h"
+
+namespace genfuse {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Through aten::empty, so that torch.utils.deterministic.fill_uninitialized_memory poisons our buffers, too.
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::empty({sizes.begin(), sizes.size()}, dtype);
+}
+
+inline std::string shape_of(const Tensor& t) {
+  std::string s = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) s += (i ? ", " : "") + std::to_string(t.size(i));
+  return s + "]";
+}
+
+inline std::string shape_of(std::initializer_list<int64_t> sizes) {
+  std::string s = "[";
+  for (int64_t size : sizes) s += (s.size() > 1 ? ", " : "") + std::to_string(size);
+  return s + "]";
+}
+
+inline void check_shape(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes) {
+  bool same = t.dim() == static_cast<int64_t>(sizes.size());
+  int64_t i = 0;
+  for (int64_t size : sizes) same = same && t.size(i++) == size;
+  STD_TORCH_CHECK(same, name, " must have shape ", shape_of(sizes), ", got ", shape_of(t));
+}
+
+inline bool is_floating(ScalarType t) {
+  return t == ScalarType::Float || t == ScalarType::Double || t == ScalarType::BFloat16 || t == ScalarType::Half;
+}
+
+// What the kernels compute in: float64 for float64, float32 for everything narrower.
+inline ScalarType compute_type(const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(is_floating(t.scalar_type()), name, " must be a floating point tensor (float32, float64, bfloat16 or float16)");
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Contiguous and in the type that the kernel computes in; the caller keeps the result alive while the kernel runs.
+inline Tensor prepared(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes, ScalarType dtype,
+                       ScalarType compute) {
+  check_shape(name, t, sizes);
+  STD_TORCH_CHECK(t.scalar_type() == dtype, name, " must have the dtype of x");
+  STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU like x");
+  const Tensor converted = dtype == compute ? t : torch::stable::to(t, compute);
+  return converted.is_contiguous() ? converted : torch::stable::contiguous(converted);
+}
+
+inline OptionalTensor prepared(const char* name, const OptionalTensor& t, std::initializer_list<int64_t> sizes,
+                               ScalarType dtype, ScalarType compute) {
+  return t.has_value() ? OptionalTensor(prepared(name, *t, sizes, dtype, compute)) : std::nullopt;
+}
+
+inline Tensor to_type(const Tensor& t, ScalarType dtype) {
+  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+}
+
+template <class T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+template <class T>
+const T* read(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+template <class T>
+const T* read(const OptionalTensor& t) {
+  return t.has_value() ? read<T>(*t) : nullptr;
+}
+
+// torch's own intra-op pool.
+inline Executor torch_executor() {
+  return {static_cast<int>(torch::stable::get_num_threads()),
+          [](int64_t n, void (*body)(void*, int64_t, int64_t), void* context) {
+            torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+          }};
+}
+
+// Runs a kernel with workspace from torch's allocator.
+template <class Arguments>
+void run_kernel(const KernelOf<Arguments>& kernel, const Arguments& arguments) {
+  const Executor executor = torch_executor();
+  const auto bytes = static_cast<int64_t>(kernel.workspace(arguments, executor.threads));
+  const Tensor workspace = empty({bytes + 64}, ScalarType::Byte);
+  auto address = reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr());
+  address = (address + 63) / 64 * 64;
+  kernel.run(arguments, reinterpret_cast<char*>(address), executor);
+}
+
+}  // namespace genfuse

@@ -1,0 +1,42 @@
+// The contents page: every operator's schema. Implementations are registered in <family>/*_ops.cpp; fake kernels,
+// autograd, autocast and vmap in python/genfuse/ops.
+#include "common/torch_glue.h"
+
+STABLE_TORCH_LIBRARY(genfuse, m) {
+  // recurrent: one layer in one direction over a whole sequence
+  m.def(
+      "lstm(Tensor x, Tensor h0, Tensor c0, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, "
+      "Tensor? weight_hr, Tensor? ln_ih_weight, Tensor? ln_hh_weight, Tensor? ln_c_weight, Tensor? ln_c_bias, "
+      "Tensor? batch_sizes, Tensor? resets, Tensor? rng, float zoneout_h, float zoneout_c, float weight_drop, "
+      "float input_dropout, float output_dropout, float eps, bool training, bool reverse, bool save) -> "
+      "(Tensor y, Tensor h_n, Tensor c_n, Tensor hidden, Tensor cells, Tensor gates, Tensor recurrent, Tensor stats)");
+  m.def(
+      "lstm_backward(Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor x, Tensor h0, Tensor c0, "
+      "Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor? weight_hr, Tensor? ln_ih_weight, "
+      "Tensor? ln_hh_weight, Tensor? ln_c_weight, Tensor? ln_c_bias, Tensor? batch_sizes, Tensor? resets, Tensor? rng, "
+      "Tensor y, Tensor hidden, Tensor cells, Tensor gates, Tensor recurrent, Tensor stats, float zoneout_h, "
+      "float zoneout_c, float weight_drop, float input_dropout, float output_dropout, float eps, bool training, "
+      "bool reverse, bool needs_x, bool needs_weights) -> (Tensor grad_x, Tensor grad_h0, Tensor grad_c0, "
+      "Tensor grad_weight_ih, Tensor grad_weight_hh, Tensor grad_bias, Tensor grad_weight_hr, Tensor grad_ln_ih, "
+      "Tensor grad_ln_hh, Tensor grad_ln_c_weight, Tensor grad_ln_c_bias)");
+  m.def(
+      "gru(Tensor x, Tensor h0, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, "
+      "Tensor? batch_sizes, Tensor? resets, Tensor? rng, float zoneout_h, float weight_drop, float input_dropout, "
+      "float output_dropout, bool training, bool reverse, bool save) -> "
+      "(Tensor y, Tensor h_n, Tensor hidden, Tensor gates)");
+  m.def(
+      "gru_backward(Tensor? grad_y, Tensor? grad_h_n, Tensor x, Tensor h0, Tensor weight_ih, Tensor weight_hh, "
+      "Tensor? bias_ih, Tensor? bias_hh, Tensor? batch_sizes, Tensor? resets, Tensor? rng, Tensor y, Tensor hidden, "
+      "Tensor gates, float zoneout_h, float weight_drop, float input_dropout, float output_dropout, bool training, "
+      "bool reverse, bool needs_x, bool needs_weights) -> (Tensor grad_x, Tensor grad_h0, Tensor grad_weight_ih, "
+      "Tensor grad_weight_hh, Tensor grad_bias_ih, Tensor grad_bias_hh)");
+  // recurrent: the whole decoding loop of a language model
+  m.def(
+      "lstm_generate(Tensor prompt, int length, Tensor embedding, Tensor[] weights, Tensor head_weight, "
+      "Tensor? head_bias, Tensor h0, Tensor c0, Tensor? u, Tensor? rng, float temperature, int top_k, float top_p, "
+      "bool layer_norm, float eps, bool bf16_weights) -> (Tensor tokens, Tensor log_probs, Tensor h_n, Tensor c_n)");
+  m.def(
+      "gru_generate(Tensor prompt, int length, Tensor embedding, Tensor[] weights, Tensor head_weight, "
+      "Tensor? head_bias, Tensor h0, Tensor? u, Tensor? rng, float temperature, int top_k, float top_p, "
+      "bool bf16_weights) -> (Tensor tokens, Tensor log_probs, Tensor h_n)");
+}

@@ -1,0 +1,997 @@
+// The LSTM on CPU. Both passes go through the sequence in chunks of steps. Within a chunk the products that do not
+// depend on the recurrence are done for all rows at once by all threads; the steps are then done by a grid of threads
+// (sequence_cpu.h). A thread owns whole units, that is, all four gates of them, so the activations follow the product
+// while it is in L1, and a step needs one barrier: the next one reads every unit's h.
+//
+// Layer norm adds barriers, because a row's statistics are over all units: each thread leaves moments of its units, in
+// blocks of one vector, and everyone combines all blocks in the same order, whoever computed them.
+#include "recurrent/lstm.h"
+
+#include "common/gemm.h"
+#include "recurrent/cell_math.h"
+#include "recurrent/sequence_cpu.h"
+
+namespace genfuse {
+GENFUSE_NAMESPACE {
+namespace {
+
+// Rows below this use the weights where they lie: packing would read and write them for a single use.
+constexpr int64_t kUnpackedRows = 4;
+
+// Things both passes have: sizes in vectors, the grid, masked weights, locked masks.
+template <class T>
+struct LstmCommon {
+  static constexpr int L = kLanes<T>;
+  using V = Vec<T>;
+
+  const LstmInputs<T>& in;
+  const Sequence& seq;
+  Geometry g;
+  Grid grid;
+  int64_t H, S, G;          // units, features of h, 4 H
+  int64_t h_vectors, s_vectors;
+  int64_t ld_h, ld_s;       // row strides of padded buffers
+  Barrier* barriers;
+  T* dropped = nullptr;     // W_hh with its mask
+  T* input_mask = nullptr;  // [batch, input]
+  T* output_mask = nullptr; // [batch, ld_s]
+  T* keep_h = nullptr;      // zoneout's weights of this step, [batch, ld_s] and [batch, ld_h]
+  T* keep_c = nullptr;
+
+  LstmCommon(const LstmInputs<T>& inputs, Arena& arena, int threads) : in(inputs), seq(inputs.seq), g(inputs.seq, arena) {
+    H = seq.hidden;
+    S = seq.state;
+    G = 4 * H;
+    h_vectors = ceil_div(H, L);
+    s_vectors = ceil_div(S, L);
+    ld_h = h_vectors * L;
+    ld_s = s_vectors * L;
+    const int barrier_count = 1 + (in.projected() ? 1 : 0) + (in.layer_norm() ? 3 : 0);
+    const double macs = static_cast<double>(S) * static_cast<double>(h_vectors) * 4;
+    grid = choose_grid(threads, seq.batch, h_vectors, macs, static_cast<double>(G * S) * sizeof(T), barrier_count);
+    barriers = arena.take<Barrier>(grid.groups);
+    if (arena.base != nullptr) {
+      for (int i = 0; i < grid.groups; ++i) new (barriers + i) Barrier;
+    }
+    const Regularizers& r = in.reg;
+    if (r.drops_weights()) dropped = arena.take<T>(G * S);
+    if (r.masks_input()) input_mask = arena.take<T>(seq.batch * seq.input);
+    if (r.masks_output()) output_mask = arena.take<T>(seq.batch * ld_s);
+    if (r.zoneout_h > 0) keep_h = arena.take<T>(seq.batch * ld_s);
+    if (r.zoneout_c > 0) keep_c = arena.take<T>(seq.batch * ld_h);
+  }
+
+  const T* recurrent_weights() const { return dropped != nullptr ? dropped : in.w_hh; }
+
+  // The masks and constants of the whole sequence; the caller waits afterwards.
+  void prepare(const Member& m) {
+    const Regularizers& r = in.reg;
+    if (dropped != nullptr) {
+      const Range mine = m.share(G);
+      for (int64_t i = mine.begin; i < mine.end; ++i) {
+        T* to = dropped + i * S;
+        dropout_scale<T>(r, kStreamWeight, r.weight_drop, static_cast<uint64_t>(i * S), S, to);
+        for (int64_t j = 0; j < S; ++j) to[j] *= in.w_hh[i * S + j];
+      }
+    }
+    const Range mine = m.share(seq.batch);
+    for (int64_t b = mine.begin; b < mine.end; ++b) {
+      if (input_mask != nullptr) {
+        dropout_scale<T>(r, kStreamInput, r.input_dropout, static_cast<uint64_t>(b * seq.input), seq.input,
+                         input_mask + b * seq.input);
+      }
+      if (output_mask != nullptr) {
+        dropout_scale<T>(r, kStreamOutput, r.output_dropout, static_cast<uint64_t>(b * S), S, output_mask + b * ld_s);
+        for (int64_t j = S; j < ld_s; ++j) output_mask[b * ld_s + j] = 0;
+      }
+      if (!r.training) {  // zoneout's expectation, the same at every step
+        for (int64_t j = 0; keep_h != nullptr && j < ld_s; ++j) keep_h[b * ld_s + j] = static_cast<T>(r.zoneout_h);
+        for (int64_t j = 0; keep_c != nullptr && j < ld_h; ++j) keep_c[b * ld_h + j] = static_cast<T>(r.zoneout_c);
+      }
+    }
+  }
+
+  // This step's zoneout decisions for the units (vectors) that a lane owns.
+  void draw_zoneout(int64_t t, Range rows, Range h_run, Range s_run) {
+    const Regularizers& r = in.reg;
+    if (!r.training) return;
+    for (int64_t b = rows.begin; b < rows.end; ++b) {
+      const uint64_t row = static_cast<uint64_t>(t * seq.batch + b);
+      if (keep_h != nullptr) {
+        const int64_t first = s_run.begin * L, end = minimum(s_run.end * L, S);
+        zoneout_weights<T>(r, kStreamZoneoutH, r.zoneout_h, row * static_cast<uint64_t>(S) + static_cast<uint64_t>(first),
+                           end - first, keep_h + b * ld_s + first);
+      }
+      if (keep_c != nullptr) {
+        const int64_t first = h_run.begin * L, end = minimum(h_run.end * L, H);
+        zoneout_weights<T>(r, kStreamZoneoutC, r.zoneout_c, row * static_cast<uint64_t>(H) + static_cast<uint64_t>(first),
+                           end - first, keep_c + b * ld_h + first);
+      }
+    }
+  }
+
+  // x of a chunk's rows after the input mask: pointers, and, masked, the rows themselves.
+  void gather_input(const Member& m, const Chunk& c, const T** rows, T* masked) {
+    const Range mine = m.share(c.rows);
+    for_chunk_rows(g, c, [&](int64_t i, int64_t t, int64_t b) {
+      if (i < mine.begin || i >= mine.end) return;
+      rows[i] = g.x_row(in.x, t, b);
+      if (input_mask != nullptr) {
+        T* to = masked + i * seq.input;
+        for (int64_t k = 0; k < seq.input; ++k) to[k] = rows[i][k] * input_mask[b * seq.input + k];
+        rows[i] = to;
+      }
+    });
+  }
+
+  int64_t unit_count(int64_t vector) const { return H - vector * L; }
+};
+
+// ---- forward ----
+
+template <class T>
+class LstmForwardCpu : LstmCommon<T> {
+  using Base = LstmCommon<T>;
+  using Base::g, Base::grid, Base::G, Base::H, Base::in, Base::keep_c, Base::keep_h, Base::L, Base::ld_h, Base::ld_s,
+      Base::output_mask, Base::S, Base::seq;
+  using V = Vec<T>;
+
+  const LstmForward<T>& p;
+  bool packed;
+  int64_t chunk;
+  Panels<T> w_ih, w_hh, w_hr;
+  T* bias;         // [h_vectors][4][L]
+  T* h[2];         // [batch, ld_s], read and written in turn
+  T* c;            // [batch, ld_h]
+  T* raw_h;        // projection: o tanh(c), [batch, ld_h]
+  const T** x_rows;
+  T* x_masked;
+  T* gates;        // without a reserve: one chunk of W_ih x
+  T* recurrent;    // layer norm without a reserve: one step of W_hh h, [batch, 4 H]
+  T* stats;        // layer norm without a reserve: one chunk
+  T* cell;         // layer norm: c~ and o of this step, [batch, ld_h]
+  T* out_gate;
+  T* parts;        // layer norm: moments of each block, [batch][h_vectors][2]
+
+ public:
+  LstmForwardCpu(const LstmForward<T>& args, Arena& arena, int threads) : Base(args, arena, threads), p(args) {
+    packed = seq.rows > kUnpackedRows;
+    chunk = chunk_steps(seq, kForwardChunkRows);
+    const int64_t rows = minimum(chunk * seq.batch, seq.rows);
+    const bool ln = in.layer_norm(), save = p.reserve.cells != nullptr;
+    w_ih = {packed ? arena.take<T>(4 * ld_h * seq.input) : nullptr, seq.input, 4 * ld_h};
+    w_hh = {packed ? arena.take<T>(4 * ld_h * S) : nullptr, S, 4 * ld_h};
+    w_hr = {in.projected() && packed ? arena.take<T>(ld_s * H) : nullptr, H, S};
+    bias = arena.take<T>(4 * ld_h);
+    h[0] = arena.take<T>(seq.batch * ld_s);
+    h[1] = arena.take<T>(seq.batch * ld_s);
+    c = arena.take<T>(seq.batch * ld_h);
+    raw_h = in.projected() ? arena.take<T>(seq.batch * ld_h) : nullptr;
+    x_rows = arena.take<const T*>(rows);
+    x_masked = in.reg.masks_input() ? arena.take<T>(rows * seq.input) : nullptr;
+    gates = save ? nullptr : arena.take<T>(rows * G);
+    recurrent = ln && !save ? arena.take<T>(seq.batch * G) : nullptr;
+    stats = ln && !save ? arena.take<T>(rows * 6) : nullptr;
+    cell = ln ? arena.take<T>(seq.batch * ld_h) : nullptr;
+    out_gate = ln ? arena.take<T>(seq.batch * ld_h) : nullptr;
+    parts = ln ? arena.take<T>(seq.batch * this->h_vectors * 2) : nullptr;
+  }
+
+  void run(const Executor& executor, int threads) {
+    run_team(executor, threads, [&](const Member& m) { member(m); });
+  }
+
+ private:
+  void member(const Member& m) {
+    Grid mine = grid;
+    if (m.size < mine.groups * mine.lanes) mine = shrink(m.size);
+    this->prepare(m);
+    if (this->dropped != nullptr) m.wait();
+    prepare_forward(m);
+    m.wait();
+    const Place place(m, mine, seq.batch, this->barriers);
+    for (int64_t begin = 0; begin < seq.steps; begin += chunk) {
+      const Chunk part(g, begin, minimum(begin + chunk, seq.steps));
+      this->gather_input(m, part, x_rows, x_masked);
+      m.wait();
+      project_input(m, part);
+      m.wait();
+      if (in.layer_norm()) {
+        input_stats(m, part);
+        m.wait();
+      }
+      if (place.works) {
+        for (int64_t s = part.begin; s < part.end; ++s) step(place, part, s);
+      }
+      m.wait();
+    }
+  }
+
+  // Fewer threads came than the grid was made for: rows are divided among them.
+  Grid shrink(int size) const {
+    return size < grid.groups ? Grid{size, 1} : Grid{grid.groups, static_cast<int>(size / grid.groups)};
+  }
+
+  void prepare_forward(const Member& m) {
+    const Range units = m.share(this->h_vectors);
+    for (int64_t v = units.begin; v < units.end; ++v) {
+      for (int gate = 0; gate < 4; ++gate) {
+        for (int64_t l = 0; l < L; ++l) {
+          const int64_t unit = v * L + l, at = gate * H + unit;
+          T sum = 0;
+          if (unit < H && in.b_ih != nullptr) sum += in.b_ih[at];
+          if (unit < H && in.b_hh != nullptr) sum += in.b_hh[at];
+          bias[(v * 4 + gate) * L + l] = sum;
+        }
+      }
+      if (packed) {
+        pack_columns<T>(4 * L, seq.input, [&](int64_t j) { return column(in.w_ih, seq.input, v, j); },
+                        w_ih.panel(4 * v));
+        pack_columns<T>(4 * L, S, [&](int64_t j) { return column(this->recurrent_weights(), S, v, j); }, w_hh.panel(4 * v));
+      }
+    }
+    if (w_hr.data != nullptr) {
+      Panels<T>::for_panels({0, this->s_vectors}, [&](int64_t v, int width) {
+        if ((v / kPanelVectors) % m.size != m.rank) return;
+        for (int i = 0; i < width; ++i) {
+          pack_columns<T>(
+              L, H, [&](int64_t j) { return (v + i) * L + j < S ? in.w_hr + ((v + i) * L + j) * H : nullptr; },
+              w_hr.panel(v + i));
+        }
+      });
+    }
+    const Range rows = m.share(seq.batch);
+    for (int64_t b = rows.begin; b < rows.end; ++b) {
+      const bool reset = seq.steps > 0 && g.is_reset(g.time(0), b);
+      for (int64_t j = 0; j < ld_s; ++j) {
+        h[0][b * ld_s + j] = h[1][b * ld_s + j] = j < S && !reset ? in.h0[b * S + j] : T{0};
+      }
+      for (int64_t j = 0; j < ld_h; ++j) c[b * ld_h + j] = j < H && !reset ? in.c0[b * H + j] : T{0};
+      if (seq.steps == 0) {
+        for (int64_t j = 0; j < S; ++j) p.h_n[b * S + j] = in.h0[b * S + j];
+        for (int64_t j = 0; j < H; ++j) p.c_n[b * H + j] = in.c0[b * H + j];
+      }
+    }
+  }
+
+  // Column j of the panel of unit block v, [4 gates][L units]: a row of W, or null past the last unit.
+  const T* column(const T* weights, int64_t depth, int64_t v, int64_t j) const {
+    const int64_t unit = v * L + j % L;
+    return unit < H ? weights + (j / L * H + unit) * depth : nullptr;
+  }
+
+  // tile[row][4 gates][L] = rows . the unit block's four gates
+  void gate_product(int64_t v, int count, const T* const* rows, const Panels<T>& panels, const T* weights, T* tile) const {
+    if (packed) {
+      multiply(count, 4, panels.depth, rows, 1, panels.panel(4 * v), tile);
+    } else {
+      multiply_unpacked(count, 4 * L, panels.depth, rows,
+                        [&](int64_t j) { return column(weights, panels.depth, v, j); }, tile);
+    }
+  }
+
+  T* gates_row(const Chunk& part, int64_t row) const {
+    return gates != nullptr ? gates + (row - part.first_row) * G : p.reserve.gates + row * G;
+  }
+  T* stats_row(const Chunk& part, int64_t row) const {
+    return stats != nullptr ? stats + (row - part.first_row) * 6 : p.reserve.stats + row * 6;
+  }
+  T* recurrent_row(int64_t row, int64_t b) const {
+    return recurrent != nullptr ? recurrent + b * G : p.reserve.recurrent + row * G;
+  }
+
+  void project_input(const Member& m, const Chunk& part) {
+    alignas(64) T tile[kTileRows * 4 * L];
+    const Range units = m.share(this->h_vectors);
+    for (int64_t v = units.begin; v < units.end; ++v) {
+      for_tiles(0, part.rows, [&](int64_t first, int count) {
+        gate_product(v, count, x_rows + first, w_ih, in.w_ih, tile);
+        for (int r = 0; r < count; ++r) {
+          T* to = gates_row(part, part.first_row + first + r) + v * L;
+          for (int gate = 0; gate < 4; ++gate) {
+            store_upto(to + gate * H, load(tile + (r * 4 + gate) * L), this->unit_count(v));
+          }
+        }
+      });
+    }
+  }
+
+  void input_stats(const Member& m, const Chunk& part) {
+    const Range mine = m.share(part.rows);
+    for (int64_t i = mine.begin; i < mine.end; ++i) {
+      const auto moments = row_moments(gates_row(part, part.first_row + i), G);
+      T* to = stats_row(part, part.first_row + i);
+      to[0] = moments.mean;
+      to[1] = moments.rstd(in.eps);
+    }
+  }
+
+  void step(const Place& place, const Chunk& part, int64_t s) {
+    const int64_t t = g.time(s);
+    const Range rows{place.rows.begin, minimum(place.rows.end, g.active(t))};
+    const Range units = split(this->h_vectors, place.lanes, place.lane);
+    const Range states = split(this->s_vectors, place.lanes, place.lane);
+    this->draw_zoneout(t, rows, units, states);
+    const T* h_prev = h[s & 1];
+    alignas(64) T tile[kTileRows * 4 * L];
+    for (int64_t v = units.begin; v < units.end; ++v) {
+      for_tiles(rows.begin, rows.end, [&](int64_t first, int count) {
+        const T* from[kTileRows];
+        for (int r = 0; r < count; ++r) from[r] = h_prev + (first + r) * ld_s;
+        gate_product(v, count, from, w_hh, this->recurrent_weights(), tile);
+        for (int r = 0; r < count; ++r) {
+          if (in.layer_norm()) {
+            keep_recurrent(t, first + r, v, tile + r * 4 * L);
+          } else {
+            plain_cell(part, s, t, first + r, v, tile + r * 4 * L);
+          }
+        }
+      });
+    }
+    if (in.layer_norm()) normalized_cell(place, part, s, t, rows, units);
+    if (in.projected()) {
+      place.wait();
+      Panels<T>::for_panels(states, [&](int64_t v, int width) {
+        for_tiles(rows.begin, rows.end, [&](int64_t first, int count) {
+          const T* from[kTileRows];
+          for (int r = 0; r < count; ++r) from[r] = raw_h + (first + r) * ld_h;
+          for (int i = 0; i < width; ++i) {
+            project_state(v + i, count, from, tile);
+            for (int r = 0; r < count; ++r) finish_h(s, t, first + r, v + i, load(tile + r * L));
+          }
+        });
+      });
+    }
+    place.wait();
+  }
+
+  void project_state(int64_t v, int count, const T* const* rows, T* tile) const {
+    if (w_hr.data != nullptr) {
+      multiply(count, 1, H, rows, 1, w_hr.panel(v), tile);
+    } else {
+      multiply_unpacked(count, L, H, rows, [&](int64_t j) { return v * L + j < S ? in.w_hr + (v * L + j) * H : nullptr; },
+                        tile);
+    }
+  }
+
+  void plain_cell(const Chunk& part, int64_t s, int64_t t, int64_t b, int64_t v, const T* product) {
+    const int64_t row = g.first_row(t) + b, n = this->unit_count(v);
+    T* at = gates_row(part, row) + v * L;
+    const T* beta = bias + v * 4 * L;
+    V a[4];
+    for (int gate = 0; gate < 4; ++gate) {
+      a[gate] = load(product + gate * L) + load_upto(at + gate * H, n) + load(beta + gate * L);
+    }
+    const auto act = lstm_gates(a[0], a[1], a[2], a[3]);
+    const V c_new = lstm_cell(act, load(c + b * ld_h + v * L));
+    if (gates == nullptr) {
+      store_upto(at, act.i, n);
+      store_upto(at + H, act.f, n);
+      store_upto(at + 2 * H, act.g, n);
+      store_upto(at + 3 * H, act.o, n);
+    }
+    finish_c(s, t, b, v, c_new);
+    put_h(s, t, b, v, act.o * tanh(c_new));
+  }
+
+  // c_t from c~: zoneout, the reserve, the final state, the next step's state.
+  void finish_c(int64_t s, int64_t t, int64_t b, int64_t v, V c_new) {
+    const int64_t n = this->unit_count(v);
+    T* state = c + b * ld_h + v * L;
+    if (keep_c != nullptr) c_new = zoneout<T>(keep_first<T>(load(keep_c + b * ld_h + v * L), n), load(state), c_new);
+    if (p.reserve.cells != nullptr) store_upto(p.reserve.cells + (g.first_row(t) + b) * H + v * L, c_new, n);
+    if (g.is_last(t, b)) store_upto(p.c_n + b * H + v * L, c_new, n);
+    store(state, g.resets_after(s, b) ? V{} : c_new);
+  }
+
+  void put_h(int64_t s, int64_t t, int64_t b, int64_t v, V h_new) {
+    if (in.projected()) {
+      store(raw_h + b * ld_h + v * L, h_new);
+    } else {
+      finish_h(s, t, b, v, h_new);
+    }
+  }
+
+  void finish_h(int64_t s, int64_t t, int64_t b, int64_t v, V h_new) {
+    const int64_t at = b * ld_s + v * L, n = S - v * L, row = g.first_row(t) + b;
+    if (keep_h != nullptr) h_new = zoneout<T>(keep_first<T>(load(keep_h + at), n), load(h[s & 1] + at), h_new);
+    if (p.reserve.hidden != nullptr) store_upto(p.reserve.hidden + row * S + v * L, h_new, n);
+    store_upto(p.y + row * S + v * L, output_mask != nullptr ? h_new * load(output_mask + at) : h_new, n);
+    if (g.is_last(t, b)) store_upto(p.h_n + b * S + v * L, h_new, n);
+    store(h[1 - (s & 1)] + at, g.resets_after(s, b) ? V{} : h_new);
+  }
+
+  // Layer norm, first part: W_hh h as it is, and the moments of this block's 4 x L values.
+  void keep_recurrent(int64_t t, int64_t b, int64_t v, const T* product) {
+    const int64_t n = this->unit_count(v);
+    T* to = recurrent_row(g.first_row(t) + b, b) + v * L;
+    V total{}, squares{};
+    for (int gate = 0; gate < 4; ++gate) {
+      const V a = load(product + gate * L);
+      store_upto(to + gate * H, a, n);
+      total += a;
+    }
+    const T mean = sum<T>(total) / static_cast<T>(4 * minimum(n, L));
+    for (int gate = 0; gate < 4; ++gate) {
+      const V e = keep_first<T>(load(product + gate * L) - mean, n);
+      squares += e * e;
+    }
+    T* moments = parts + (b * this->h_vectors + v) * 2;
+    moments[0] = mean;
+    moments[1] = sum<T>(squares);
+  }
+
+  Moments<T> combine(int64_t b, int64_t values_per_unit) const {
+    Moments<T> m;
+    for (int64_t v = 0; v < this->h_vectors; ++v) {
+      const T* part = parts + (b * this->h_vectors + v) * 2;
+      m.add(static_cast<T>(values_per_unit * minimum(this->unit_count(v), L)), part[0], part[1]);
+    }
+    return m;
+  }
+
+  void normalized_cell(const Place& place, const Chunk& part, int64_t s, int64_t t, Range rows, Range units) {
+    place.wait();
+    for (int64_t b = rows.begin; b < rows.end; ++b) {
+      const int64_t row = g.first_row(t) + b;
+      const auto moments = combine(b, 4);
+      const T mean_h = moments.mean, rstd_h = moments.rstd(in.eps);
+      T* stat = stats_row(part, row);
+      const T mean_x = stat[0], rstd_x = stat[1];
+      if (place.lane == 0) {
+        stat[2] = mean_h;
+        stat[3] = rstd_h;
+      }
+      for (int64_t v = units.begin; v < units.end; ++v) {
+        const int64_t n = this->unit_count(v);
+        const T* x_part = gates_row(part, row) + v * L;
+        const T* h_part = recurrent_row(row, b) + v * L;
+        V a[4];
+        for (int gate = 0; gate < 4; ++gate) {
+          const int64_t at = gate * H;
+          a[gate] = load_upto(in.ln_hh + at + v * L, n) * ((load_upto(h_part + at, n) - mean_h) * rstd_h) +
+                    load_upto(in.ln_ih + at + v * L, n) * ((load_upto(x_part + at, n) - mean_x) * rstd_x) +
+                    load(bias + (v * 4 + gate) * L);
+        }
+        const auto act = lstm_gates(a[0], a[1], a[2], a[3]);
+        const V c_new = lstm_cell(act, load(c + b * ld_h + v * L));
+        store(cell + b * ld_h + v * L, c_new);
+        store(out_gate + b * ld_h + v * L, act.o);
+      }
+    }
+    place.wait();  // everyone has read the first moments
+    for (int64_t b = rows.begin; b < rows.end; ++b) {
+      for (int64_t v = units.begin; v < units.end; ++v) {
+        const int64_t n = this->unit_count(v);
+        const V c_new = keep_first<T>(load(cell + b * ld_h + v * L), n);
+        const T mean = sum<T>(c_new) / static_cast<T>(minimum(n, L));
+        const V e = keep_first<T>(c_new - mean, n);
+        T* moments = parts + (b * this->h_vectors + v) * 2;
+        moments[0] = mean;
+        moments[1] = sum<T>(e * e);
+      }
+    }
+    place.wait();
+    for (int64_t b = rows.begin; b < rows.end; ++b) {
+      const auto moments = combine(b, 1);
+      const T mean = moments.mean, rstd = moments.rstd(in.eps);
+      if (place.lane == 0) {
+        T* stat = stats_row(part, g.first_row(t) + b);
+        stat[4] = mean;
+        stat[5] = rstd;
+      }
+      for (int64_t v = units.begin; v < units.end; ++v) {
+        const int64_t n = this->unit_count(v);
+        const V c_new = load(cell + b * ld_h + v * L);
+        const V normal = load_upto(in.ln_c_weight + v * L, n) * ((c_new - mean) * rstd) + load_upto(in.ln_c_bias + v * L, n);
+        const V h_new = load(out_gate + b * ld_h + v * L) * tanh(normal);
+        finish_c(s, t, b, v, c_new);
+        put_h(s, t, b, v, h_new);
+      }
+    }
+    // The next step's first moments overwrite these: its product begins only after the step's last barrier.
+  }
+};
+
+// ---- backward ----
+
+template <class T>
+class LstmBackwardCpu : LstmCommon<T> {
+  using Base = LstmCommon<T>;
+  using Base::g, Base::grid, Base::G, Base::H, Base::in, Base::keep_c, Base::keep_h, Base::L, Base::ld_h, Base::ld_s,
+      Base::output_mask, Base::S, Base::seq;
+  using V = Vec<T>;
+
+  const LstmBackward<T>& p;
+  int64_t chunk;
+  Panels<T> w_ih, w_hh, w_hr;
+  T* dh;          // gradient of the state that leaves a step, [batch, ld_s] and [batch, ld_h]
+  T* dc;
+  T* grad_gates;  // one chunk, [rows, 4 H], of the pre-activations
+  T* grad_rec;    // layer norm: of W_hh h, one chunk
+  T* grad_norm;   // layer norm: of the norm's output at c~, one chunk, [rows, ld_h]
+  T* normal_c;    // layer norm: the normalised c~, one chunk
+  T* grad_proj;   // projection: of W_hr's output, one chunk, [rows, S]
+  T* raw_h;       // projection: o tanh(c), one chunk, [rows, H]
+  T* from_proj;   // projection: gradient of o tanh(c), [batch, ld_h]
+  T* parts;       // layer norm: two sums of each block, [batch][h_vectors][2], twice
+  T* parts_gates;
+  const T** x_rows;
+  const T** h_rows;
+  T* x_masked;
+  T* b_panels;
+  T* a_tiles;     // one piece for each thread
+  int64_t tile_size;
+
+ public:
+  LstmBackwardCpu(const LstmBackward<T>& args, Arena& arena, int threads) : Base(args, arena, threads), p(args) {
+    chunk = chunk_steps(seq, kBackwardChunkRows);
+    const int64_t rows = minimum(chunk * seq.batch, seq.rows);
+    const bool ln = in.layer_norm(), projected = in.projected();
+    w_ih = {p.needs_x ? arena.take<T>(Panels<T>::size(G, seq.input)) : nullptr, G, seq.input};
+    w_hh = {arena.take<T>(Panels<T>::size(G, S)), G, S};
+    w_hr = {projected ? arena.take<T>(Panels<T>::size(S, H)) : nullptr, S, H};
+    dh = arena.take<T>(seq.batch * ld_s);
+    dc = arena.take<T>(seq.batch * ld_h);
+    grad_gates = arena.take<T>(rows * G);
+    grad_rec = ln ? arena.take<T>(rows * G) : grad_gates;
+    grad_norm = ln ? arena.take<T>(rows * ld_h) : nullptr;
+    normal_c = ln ? arena.take<T>(rows * ld_h) : nullptr;
+    grad_proj = projected ? arena.take<T>(rows * S) : nullptr;
+    raw_h = projected ? arena.take<T>(rows * H) : nullptr;
+    from_proj = projected ? arena.take<T>(seq.batch * ld_h) : nullptr;
+    parts = ln ? arena.take<T>(seq.batch * this->h_vectors * 2) : nullptr;
+    parts_gates = ln ? arena.take<T>(seq.batch * this->h_vectors * 2) : nullptr;
+    x_rows = arena.take<const T*>(rows);
+    h_rows = arena.take<const T*>(rows);
+    x_masked = in.reg.masks_input() ? arena.take<T>(rows * seq.input) : nullptr;
+    const int64_t widest = maximum(seq.input, maximum(S, projected ? H : 0));
+    b_panels = p.needs_weights ? arena.take<T>(Panels<T>::size(rows, widest)) : nullptr;
+    tile_size = weight_gradient_tiles<T>(rows);
+    a_tiles = p.needs_weights ? arena.take<T>(tile_size * threads) : nullptr;
+  }
+
+  void run(const Executor& executor, int threads) {
+    run_team(executor, threads, [&](const Member& m) { member(m); });
+  }
+
+ private:
+  Grid shrink(int size) const {
+    return size < grid.groups ? Grid{size, 1} : Grid{grid.groups, static_cast<int>(size / grid.groups)};
+  }
+
+  void member(const Member& m) {
+    Grid mine = grid;
+    if (m.size < mine.groups * mine.lanes) mine = shrink(m.size);
+    this->prepare(m);
+    if (this->dropped != nullptr) m.wait();
+    prepare_backward(m, mine);
+    m.wait();
+    const Place place(m, mine, seq.batch, this->barriers);
+    const int64_t chunks = ceil_div(seq.steps, chunk);
+    for (int64_t i = chunks - 1; i >= 0; --i) {
+      const Chunk part(g, i * chunk, minimum((i + 1) * chunk, seq.steps));
+      gather_rows(m, part);
+      if (place.works) {
+        for (int64_t s = part.end - 1; s >= part.begin; --s) step(place, part, s);
+      }
+      m.wait();
+      chunk_gradients(m, part, i == chunks - 1);
+      m.wait();
+    }
+    finish(m, chunks == 0);
+  }
+
+  void prepare_backward(const Member& m, Grid used) {
+    // Panels follow the runs of vectors that lanes own.
+    for (int lane = 0; lane < used.lanes; ++lane) {
+      Panels<T>::for_panels(split(this->s_vectors, used.lanes, lane), [&](int64_t v, int width) {
+        if ((v / kPanelVectors) % m.size != m.rank) return;
+        pack_rows<T>(width * L, S - v * L, G, [&](int64_t k) { return this->recurrent_weights() + k * S; }, v * L, w_hh.panel(v));
+      });
+      if (in.projected()) {
+        Panels<T>::for_panels(split(this->h_vectors, used.lanes, lane), [&](int64_t v, int width) {
+          if ((v / kPanelVectors) % m.size != m.rank) return;
+          pack_rows<T>(width * L, H - v * L, S, [&](int64_t k) { return in.w_hr + k * H; }, v * L, w_hr.panel(v));
+        });
+      }
+    }
+    if (w_ih.data != nullptr) {
+      Panels<T>::for_panels({0, w_ih.vectors()}, [&](int64_t v, int width) {
+        if ((v / kPanelVectors) % m.size != m.rank) return;
+        pack_rows<T>(width * L, seq.input - v * L, G, [&](int64_t k) { return in.w_ih + k * seq.input; }, v * L,
+                     w_ih.panel(v));
+      });
+    }
+    const Range rows = m.share(seq.batch);
+    for (int64_t b = rows.begin; b < rows.end; ++b) {
+      for (int64_t j = 0; j < ld_s; ++j) {
+        dh[b * ld_s + j] = p.grad_h_n != nullptr && j < S ? p.grad_h_n[b * S + j] : T{0};
+      }
+      for (int64_t j = 0; j < ld_h; ++j) {
+        dc[b * ld_h + j] = p.grad_c_n != nullptr && j < H ? p.grad_c_n[b * H + j] : T{0};
+      }
+    }
+  }
+
+  const T* h_source() const { return p.reserve.hidden != nullptr ? p.reserve.hidden : p.y; }
+
+  // Row pointers for the chunk's weight gradients: x, and the h that entered each step (null: zeros).
+  void gather_rows(const Member& m, const Chunk& part) {
+    if (!p.needs_weights) return;
+    this->gather_input(m, part, x_rows, x_masked);
+    const Range mine = m.share(part.rows);
+    for_chunk_rows(g, part, [&](int64_t i, int64_t t, int64_t b) {
+      if (i < mine.begin || i >= mine.end) return;
+      if (g.is_reset(t, b)) {
+        h_rows[i] = nullptr;
+      } else if (g.is_first(t, b)) {
+        h_rows[i] = in.h0 + b * S;
+      } else {
+        h_rows[i] = h_source() + (g.first_row(g.previous(t)) + b) * S;
+      }
+    });
+  }
+
+  void step(const Place& place, const Chunk& part, int64_t s) {
+    const int64_t t = g.time(s);
+    const Range rows{place.rows.begin, minimum(place.rows.end, g.active(t))};
+    const Range units = split(this->h_vectors, place.lanes, place.lane);
+    const Range states = split(this->s_vectors, place.lanes, place.lane);
+    this->draw_zoneout(t, rows, units, states);
+    alignas(64) T tile[kTileRows * kPanel<T>];
+    if (in.projected()) {
+      for (int64_t b = rows.begin; b < rows.end; ++b) {
+        for (int64_t v = states.begin; v < states.end; ++v) {
+          const V grad = enter_h(t, b, v);
+          store_upto(grad_proj + (g.first_row(t) + b - part.first_row) * S + v * L, grad, S - v * L);
+        }
+      }
+      place.wait();
+      Panels<T>::for_panels(units, [&](int64_t v, int width) {
+        for_tiles(rows.begin, rows.end, [&](int64_t first, int count) {
+          const T* from[kTileRows];
+          T* to[kTileRows];
+          for (int r = 0; r < count; ++r) {
+            from[r] = grad_proj + (g.first_row(t) + first + r - part.first_row) * S;
+            to[r] = from_proj + (first + r) * ld_h;
+          }
+          multiply(count, width, S, from, 1, w_hr.panel(v), tile);
+          put_tile(tile, count, width, to, v * L, ld_h, false);
+        });
+      });
+    }
+    if (in.layer_norm()) {
+      normalized_cell(place, part, t, rows, units);
+    } else {
+      for (int64_t b = rows.begin; b < rows.end; ++b) {
+        for (int64_t v = units.begin; v < units.end; ++v) plain_cell(part, t, b, v);
+      }
+    }
+    place.wait();
+    Panels<T>::for_panels(states, [&](int64_t v, int width) {
+      for_tiles(rows.begin, rows.end, [&](int64_t first, int count) {
+        const T* from[kTileRows];
+        for (int r = 0; r < count; ++r) from[r] = grad_rec + (g.first_row(t) + first + r - part.first_row) * G;
+        multiply(count, width, G, from, 1, w_hh.panel(v), tile);
+        for (int r = 0; r < count; ++r) {
+          T* to = dh + (first + r) * ld_s + v * L;
+          const bool reset = g.is_reset(t, first + r);
+          for (int i = 0; i < width; ++i) {
+            store(to + i * L, reset ? V{} : load(to + i * L) + load(tile + (r * width + i) * L));
+          }
+        }
+      });
+    });
+  }
+
+  // The gradient of h~ at a vector of h; what zoneout passes straight to h_{t-1} is left in dh.
+  V enter_h(int64_t t, int64_t b, int64_t v) {
+    const int64_t at = b * ld_s + v * L, n = S - v * L;
+    V grad = load(dh + at);
+    if (p.grad_y != nullptr) {
+      const V of_y = load_upto(p.grad_y + (g.first_row(t) + b) * S + v * L, n);
+      grad += output_mask != nullptr ? of_y * load(output_mask + at) : of_y;
+    }
+    if (keep_h == nullptr) {
+      store(dh + at, V{});
+      return grad;
+    }
+    const V keep = keep_first<T>(load(keep_h + at), n);
+    store(dh + at, keep * grad);
+    return (1 - keep) * grad;
+  }
+
+  V grad_of_raw_h(int64_t t, int64_t b, int64_t v) {
+    return in.projected() ? load(from_proj + b * ld_h + v * L) : enter_h(t, b, v);
+  }
+
+  V previous_c(int64_t t, int64_t b, int64_t v) const {
+    const int64_t n = this->unit_count(v);
+    if (g.is_reset(t, b)) return V{};
+    if (g.is_first(t, b)) return load_upto(in.c0 + b * H + v * L, n);
+    return load_upto(p.reserve.cells + (g.first_row(g.previous(t)) + b) * H + v * L, n);
+  }
+
+  // The part of c_t's gradient that reaches c~; `direct` is what zoneout passes to c_{t-1}.
+  V enter_c(int64_t b, int64_t v, V& direct) const {
+    const V grad = load(dc + b * ld_h + v * L);
+    direct = V{};
+    if (keep_c == nullptr) return grad;
+    const V keep = keep_first<T>(load(keep_c + b * ld_h + v * L), this->unit_count(v));
+    direct = keep * grad;
+    return (1 - keep) * grad;
+  }
+
+  void plain_cell(const Chunk& part, int64_t t, int64_t b, int64_t v) {
+    const int64_t row = g.first_row(t) + b, n = this->unit_count(v);
+    const T* at = p.reserve.gates + row * G + v * L;
+    const LstmGates<V> act{load_upto(at, n), load_upto(at + H, n), load_upto(at + 2 * H, n), load_upto(at + 3 * H, n)};
+    const V c_prev = previous_c(t, b, v);
+    const V tanh_c = tanh(lstm_cell(act, c_prev));
+    if (raw_h != nullptr) store_upto(raw_h + (row - part.first_row) * H + v * L, act.o * tanh_c, n);
+    V di, df, dg, dout, direct;
+    V grad_c = enter_c(b, v, direct);
+    grad_c += lstm_output_backward(grad_of_raw_h(t, b, v), act.o, tanh_c, dout);
+    const V grad_prev = lstm_cell_backward(grad_c, act, c_prev, di, df, dg) + direct;
+    store(dc + b * ld_h + v * L, g.is_reset(t, b) ? V{} : grad_prev);
+    T* to = grad_gates + (row - part.first_row) * G + v * L;
+    store_upto(to, di, n);
+    store_upto(to + H, df, n);
+    store_upto(to + 2 * H, dg, n);
+    store_upto(to + 3 * H, dout, n);
+  }
+
+  // Sums of a row's blocks, in order.
+  void combine(const T* from, int64_t b, T& first, T& second) const {
+    first = second = 0;
+    for (int64_t v = 0; v < this->h_vectors; ++v) {
+      first += from[(b * this->h_vectors + v) * 2];
+      second += from[(b * this->h_vectors + v) * 2 + 1];
+    }
+  }
+
+  // With x^ = (x - mean) rstd, y = gamma x^ + beta: dx = rstd (dx^ - mean(dx^) - x^ mean(dx^ x^)), dx^ = gamma dy.
+  void normalized_cell(const Place& place, const Chunk& part, int64_t t, Range rows, Range units) {
+    // To the norm of c~; the activations and d a_o are left where the gradients of the gates will be.
+    for (int64_t b = rows.begin; b < rows.end; ++b) {
+      const int64_t row = g.first_row(t) + b, local = row - part.first_row;
+      const T* stat = p.reserve.stats + row * 6;
+      for (int64_t v = units.begin; v < units.end; ++v) {
+        const int64_t n = this->unit_count(v);
+        V a[4];
+        for (int gate = 0; gate < 4; ++gate) {
+          const int64_t at = gate * H + v * L;
+          a[gate] = load_upto(in.ln_hh + at, n) * ((load_upto(p.reserve.recurrent + row * G + at, n) - stat[2]) * stat[3]) +
+                    load_upto(in.ln_ih + at, n) * ((load_upto(p.reserve.gates + row * G + at, n) - stat[0]) * stat[1]);
+          if (in.b_ih != nullptr) a[gate] += load_upto(in.b_ih + at, n);
+          if (in.b_hh != nullptr) a[gate] += load_upto(in.b_hh + at, n);
+        }
+        const auto act = lstm_gates(a[0], a[1], a[2], a[3]);
+        const V c_new = lstm_cell(act, previous_c(t, b, v));
+        const V normal = keep_first<T>((c_new - stat[4]) * stat[5], n);
+        const V gamma = load_upto(in.ln_c_weight + v * L, n);
+        const V tanh_c = tanh(gamma * normal + load_upto(in.ln_c_bias + v * L, n));
+        if (raw_h != nullptr) store_upto(raw_h + local * H + v * L, act.o * tanh_c, n);
+        V dout;
+        const V grad = keep_first<T>(lstm_output_backward(grad_of_raw_h(t, b, v), act.o, tanh_c, dout), n);
+        store(grad_norm + local * ld_h + v * L, grad);
+        store(normal_c + local * ld_h + v * L, normal);
+        T* to = grad_gates + local * G + v * L;
+        store_upto(to, act.i, n);
+        store_upto(to + H, act.f, n);
+        store_upto(to + 2 * H, act.g, n);
+        store_upto(to + 3 * H, dout, n);
+        T* sums = parts + (b * this->h_vectors + v) * 2;
+        sums[0] = sum<T>(grad * gamma);
+        sums[1] = sum<T>(grad * gamma * normal);
+      }
+    }
+    place.wait();
+    for (int64_t b = rows.begin; b < rows.end; ++b) {
+      const int64_t row = g.first_row(t) + b, local = row - part.first_row;
+      const T* stat = p.reserve.stats + row * 6;
+      T sum_grad, sum_product;
+      combine(parts, b, sum_grad, sum_product);
+      const T mean_grad = sum_grad / static_cast<T>(H), mean_product = sum_product / static_cast<T>(H);
+      for (int64_t v = units.begin; v < units.end; ++v) {
+        const int64_t n = this->unit_count(v);
+        T* to = grad_gates + local * G + v * L;
+        const LstmGates<V> act{load_upto(to, n), load_upto(to + H, n), load_upto(to + 2 * H, n), V{}};
+        const V gamma = load_upto(in.ln_c_weight + v * L, n);
+        V direct;
+        V grad_c = enter_c(b, v, direct);
+        grad_c += stat[5] * (load(grad_norm + local * ld_h + v * L) * gamma - mean_grad -
+                             load(normal_c + local * ld_h + v * L) * mean_product);
+        V d[4];
+        const V grad_prev = lstm_cell_backward(grad_c, act, previous_c(t, b, v), d[0], d[1], d[2]) + direct;
+        d[3] = load_upto(to + 3 * H, n);
+        store(dc + b * ld_h + v * L, g.is_reset(t, b) ? V{} : keep_first<T>(grad_prev, n));
+        V sum_grads{}, sum_products{};
+        for (int gate = 0; gate < 4; ++gate) {
+          const int64_t at = gate * H + v * L;
+          store_upto(to + gate * H, d[gate], n);
+          const V scaled = keep_first<T>(d[gate], n) * load_upto(in.ln_hh + at, n);
+          sum_grads += scaled;
+          sum_products += scaled * ((load_upto(p.reserve.recurrent + row * G + at, n) - stat[2]) * stat[3]);
+        }
+        T* sums = parts_gates + (b * this->h_vectors + v) * 2;
+        sums[0] = sum<T>(sum_grads);
+        sums[1] = sum<T>(sum_products);
+      }
+    }
+    place.wait();
+    for (int64_t b = rows.begin; b < rows.end; ++b) {
+      const int64_t row = g.first_row(t) + b, local = row - part.first_row;
+      T sum_grad, sum_product;
+      combine(parts_gates, b, sum_grad, sum_product);
+      for (int64_t v = units.begin; v < units.end; ++v) {
+        for (int gate = 0; gate < 4; ++gate) {
+          norm_backward(grad_gates + local * G, p.reserve.recurrent + row * G, in.ln_hh, p.reserve.stats + row * 6 + 2,
+                        sum_grad, sum_product, gate * H + v * L, this->unit_count(v), grad_rec + local * G);
+        }
+      }
+    }
+  }
+
+  // One vector of the gradient of a normalised row of 4 H values.
+  void norm_backward(const T* grad, const T* raw, const T* gamma, const T* stat, T sum_grad, T sum_product, int64_t at,
+                     int64_t n, T* out) const {
+    const V normal = (load_upto(raw + at, n) - stat[0]) * stat[1];
+    const V scaled = load_upto(grad + at, n) * load_upto(gamma + at, n);
+    store_upto(out + at, stat[1] * (scaled - sum_grad / static_cast<T>(G) - normal * (sum_product / static_cast<T>(G))), n);
+  }
+
+  void chunk_gradients(const Member& m, const Chunk& part, bool first) {
+    if (p.needs_weights) {
+      column_sums(m, part, first);
+      m.wait();
+    }
+    if (in.layer_norm()) {
+      input_norm_backward(m, part);
+      m.wait();
+    }
+    if (p.needs_weights) {
+      T* tiles = a_tiles + m.rank * tile_size;
+      const bool add = !first;
+      weight_gradient<T>(m, part.rows, grad_gates, G, 0, G, [&](int64_t k) { return x_rows[k]; }, seq.input, p.grad_w_ih,
+                         seq.input, add, b_panels, tiles);
+      weight_gradient<T>(m, part.rows, grad_rec, G, 0, G, [&](int64_t k) { return h_rows[k]; }, S, p.grad_w_hh, S, add,
+                         b_panels, tiles);
+      if (in.projected()) {
+        weight_gradient<T>(m, part.rows, grad_proj, S, 0, S, [&](int64_t k) { return raw_h + k * H; }, H, p.grad_w_hr, H,
+                           add, b_panels, tiles);
+      }
+    }
+    if (p.needs_x) {
+      multiply_chunk(m, part.rows, grad_gates, G, w_ih,
+                     [&](int64_t i) { return p.grad_x + (part.first_row + i) * seq.input; });
+      if (this->input_mask != nullptr) {
+        const Range mine = m.share(part.rows);
+        for_chunk_rows(g, part, [&](int64_t i, int64_t, int64_t b) {
+          if (i < mine.begin || i >= mine.end) return;
+          T* row = p.grad_x + (part.first_row + i) * seq.input;
+          for (int64_t k = 0; k < seq.input; ++k) row[k] *= this->input_mask[b * seq.input + k];
+        });
+      }
+    }
+  }
+
+  // Gradients that are sums over rows. Members own columns, so the order of a sum does not depend on their number.
+  void column_sums(const Member& m, const Chunk& part, bool first) {
+    const Range mine = m.share(ceil_div(G, L));
+    const bool ln = in.layer_norm();
+    for (int64_t v = mine.begin; v < mine.end; ++v) {
+      const int64_t at = v * L, n = G - at;
+      V bias{}, gain_h{}, gain_x{};
+      for (int64_t i = 0; i < part.rows; ++i) {
+        const V d = load_upto(grad_gates + i * G + at, n);
+        bias += d;
+        if (ln) {
+          const T* stat = p.reserve.stats + (part.first_row + i) * 6;
+          const int64_t raw = (part.first_row + i) * G + at;
+          gain_h += d * ((load_upto(p.reserve.recurrent + raw, n) - stat[2]) * stat[3]);
+          gain_x += d * ((load_upto(p.reserve.gates + raw, n) - stat[0]) * stat[1]);
+        }
+      }
+      add_to(p.grad_bias, at, n, bias, first);
+      if (ln) {
+        add_to(p.grad_ln_hh, at, n, gain_h, first);
+        add_to(p.grad_ln_ih, at, n, gain_x, first);
+      }
+    }
+    if (!ln) return;
+    const Range units = m.share(this->h_vectors);
+    for (int64_t v = units.begin; v < units.end; ++v) {
+      V bias{}, gain{};
+      for (int64_t i = 0; i < part.rows; ++i) {
+        const V d = load(grad_norm + i * ld_h + v * L);
+        bias += d;
+        gain += d * load(normal_c + i * ld_h + v * L);
+      }
+      add_to(p.grad_ln_c_bias, v * L, this->unit_count(v), bias, first);
+      add_to(p.grad_ln_c_weight, v * L, this->unit_count(v), gain, first);
+    }
+  }
+  static void add_to(T* sums, int64_t at, int64_t n, V value, bool first) {
+    if (sums == nullptr) return;
+    store_upto(sums + at, first ? value : value + load_upto(sums + at, n), n);
+  }
+
+  // From the gates' gradient to that of W_ih x, in place.
+  void input_norm_backward(const Member& m, const Chunk& part) {
+    const Range mine = m.share(part.rows);
+    for (int64_t i = mine.begin; i < mine.end; ++i) {
+      T* grad = grad_gates + i * G;
+      const T* raw = p.reserve.gates + (part.first_row + i) * G;
+      const T* stat = p.reserve.stats + (part.first_row + i) * 6;
+      V sum_grads{}, sum_products{};
+      for (int64_t at = 0; at < G; at += L) {
+        const V scaled = load_upto(grad + at, G - at) * load_upto(in.ln_ih + at, G - at);
+        sum_grads += scaled;
+        sum_products += scaled * ((load_upto(raw + at, G - at) - stat[0]) * stat[1]);
+      }
+      const T sum_grad = sum<T>(sum_grads), sum_product = sum<T>(sum_products);
+      for (int64_t at = 0; at < G; at += L) {
+        norm_backward(grad, raw, in.ln_ih, stat, sum_grad, sum_product, at, G - at, grad);
+      }
+    }
+  }
+
+  void finish(const Member& m, bool nothing) {
+    const Range rows = m.share(seq.batch);
+    for (int64_t b = rows.begin; b < rows.end; ++b) {
+      for (int64_t j = 0; j < S; ++j) p.grad_h0[b * S + j] = dh[b * ld_s + j];
+      for (int64_t j = 0; j < H; ++j) p.grad_c0[b * H + j] = dc[b * ld_h + j];
+    }
+    if (!p.needs_weights) return;
+    const Range gates = m.share(G);
+    if (this->dropped != nullptr && !nothing) {
+      const Regularizers& r = in.reg;
+      T scale[256];
+      for (int64_t i = gates.begin * S; i < gates.end * S; i += 256) {
+        const int64_t n = minimum(256, gates.end * S - i);
+        dropout_scale<T>(r, kStreamWeight, r.weight_drop, static_cast<uint64_t>(i), n, scale);
+        for (int64_t j = 0; j < n; ++j) p.grad_w_hh[i + j] *= scale[j];
+      }
+    }
+    if (!nothing || m.rank != 0) return;
+    const auto clear = [](T* at, int64_t count) {
+      for (int64_t i = 0; at != nullptr && i < count; ++i) at[i] = 0;
+    };
+    clear(p.grad_w_ih, G * seq.input);
+    clear(p.grad_w_hh, G * S);
+    clear(p.grad_bias, G);
+    clear(p.grad_w_hr, S * H);
+    clear(p.grad_ln_ih, G);
+    clear(p.grad_ln_hh, G);
+    clear(p.grad_ln_c_weight, H);
+    clear(p.grad_ln_c_bias, H);
+  }
+};
+
+template <class Run, class Arguments>
+KernelOf<Arguments> kernel_of() {
+  return {[](const Arguments& arguments, int threads) {
+            Arena arena{nullptr};
+            Run run(arguments, arena, threads);
+            return arena.used;
+          },
+          [](const Arguments& arguments, char* workspace, const Executor& executor) {
+            Arena arena{workspace};
+            Run run(arguments, arena, executor.threads);
+            run.run(executor, executor.threads);
+          }};
+}
+
+}  // namespace
+
+template <class T>
+LstmKernels<T> lstm_kernels() {
+  return {kernel_of<LstmForwardCpu<T>, LstmForward<T>>(), kernel_of<LstmBackwardCpu<T>, LstmBackward<T>>()};
+}
+template LstmKernels<float> lstm_kernels<float>();
+template LstmKernels<double> lstm_kernels<double>();
+
+}
+}  // namespace genfuse

@@ -1,0 +1,323 @@
+// What the LSTM and GRU kernels share on CPU: the geometry of a sequence in processing order, the division of a batch
+// among threads, masks, and the three products outside the recurrence (input projection, input gradient, weight
+// gradients), which run over chunks of steps so that their operands stay in cache and no [T, B, 4H] temporary exists.
+#pragma once
+
+#include "common/gemm.h"
+#include "common/philox.h"
+#include "recurrent/sequence.h"
+
+namespace genfuse {
+GENFUSE_NAMESPACE {
+
+// Hands out aligned pieces of the caller's workspace; with a null base it only measures.
+struct Arena {
+  char* base;
+  size_t used = 0;
+  template <class T>
+  T* take(int64_t count) {
+    used = (used + 63) / 64 * 64;
+    T* p = base == nullptr ? nullptr : reinterpret_cast<T*>(base + used);
+    used += static_cast<size_t>(count > 0 ? count : 0) * sizeof(T);
+    return p;
+  }
+};
+
+// About how many rows a chunk of steps has: enough to amortise reading the weight gradients back, few enough that
+// a chunk of gates stays near the caches. Depends on the shape only, never on the threads.
+inline constexpr int64_t kForwardChunkRows = 384, kBackwardChunkRows = 768;
+
+inline int64_t chunk_steps(const Sequence& s, int64_t rows) {
+  return maximum(1, minimum(s.steps, rows / maximum(s.batch, 1)));
+}
+
+struct Geometry {
+  Sequence seq;
+  int64_t* offsets;  // [steps + 1], packed only: first row of each step
+
+  Geometry(const Sequence& s, Arena& arena) : seq(s) {
+    offsets = s.batch_sizes == nullptr ? nullptr : arena.take<int64_t>(s.steps + 1);
+    if (offsets != nullptr && arena.base != nullptr) {
+      offsets[0] = 0;
+      for (int64_t t = 0; t < s.steps; ++t) offsets[t + 1] = offsets[t] + s.batch_sizes[t];
+    }
+  }
+  // The s-th step to be processed.
+  int64_t time(int64_t s) const { return seq.reverse ? seq.steps - 1 - s : s; }
+  int64_t first_row(int64_t t) const { return offsets == nullptr ? t * seq.batch : offsets[t]; }
+  int64_t active(int64_t t) const { return seq.active(t); }
+  bool is_reset(int64_t t, int64_t b) const { return seq.resets != nullptr && seq.resets[t * seq.batch + b]; }
+  // Whether nothing follows row (t, b) in processing order, or nothing precedes it.
+  bool is_last(int64_t t, int64_t b) const { return seq.reverse ? t == 0 : ends_at(t, b); }
+  bool is_first(int64_t t, int64_t b) const { return seq.reverse ? ends_at(t, b) : t == 0; }
+  int64_t previous(int64_t t) const { return seq.reverse ? t + 1 : t - 1; }
+  template <class T>
+  const T* x_row(const T* x, int64_t t, int64_t b) const {
+    return offsets == nullptr ? x + t * seq.x_step + b * seq.x_batch : x + (offsets[t] + b) * seq.x_batch;
+  }
+  // Whether the state that row b carries into the step after processing step s is cleared first.
+  bool resets_after(int64_t s, int64_t b) const { return s + 1 < seq.steps && is_reset(time(s + 1), b); }
+
+ private:
+  bool ends_at(int64_t t, int64_t b) const { return t + 1 == seq.steps || b >= active(t + 1); }
+};
+
+// A range of steps [begin, end) in processing order; its rows are contiguous.
+struct Chunk {
+  int64_t begin, end, first_row, rows;
+  Chunk(const Geometry& g, int64_t b, int64_t e) : begin(b), end(e) {
+    const int64_t low = g.seq.reverse ? g.time(e - 1) : b, high = g.seq.reverse ? g.time(b) : e - 1;
+    first_row = g.first_row(low);
+    rows = g.first_row(high) + g.active(high) - first_row;
+  }
+};
+
+// Calls row(index within the chunk, t, b) for the chunk's rows in memory order.
+template <class F>
+inline void for_chunk_rows(const Geometry& g, const Chunk& c, F row) {
+  const int64_t low = g.seq.reverse ? g.time(c.end - 1) : c.begin;
+  int64_t index = 0;
+  for (int64_t t = low; t < low + (c.end - c.begin); ++t) {
+    for (int64_t b = 0; b < g.active(t); ++b) row(index++, t, b);
+  }
+}
+
+// Threads form `groups` x `lanes`: a group owns rows of the batch and never waits for the others; within a group each
+// lane owns a slice of the units and meets the rest at a barrier every step.
+struct Grid {
+  int groups, lanes;
+};
+
+// `row_cost` is the cycles one row costs per step for all units, `weight_bytes` the recurrent weights read per step.
+inline Grid choose_grid(int threads, int64_t batch, int64_t unit_blocks, double row_cost, double weight_bytes,
+                        int barriers) {
+  Grid best{1, 1};
+  double best_cost = -1;
+  for (int groups = 1; groups <= threads && groups <= maximum(batch, 1); ++groups) {
+    const int lanes = static_cast<int>(minimum(threads / groups, unit_blocks));
+    const double share = static_cast<double>(ceil_div(unit_blocks, lanes)) / static_cast<double>(unit_blocks);
+    const double bytes = weight_bytes * share;
+    // Weights beyond a private cache come from the shared one at about 12 bytes a cycle, half hidden by arithmetic.
+    const double streaming = bytes > 768.0 * 1024 ? bytes / 24 : 0;
+    const double waiting = lanes > 1 ? 1500.0 * barriers : 0;
+    const double cost = static_cast<double>(ceil_div(batch, groups)) * row_cost * share + streaming + waiting;
+    if (best_cost < 0 || cost < best_cost) {
+      best_cost = cost;
+      best = {groups, lanes};
+    }
+  }
+  return best;
+}
+
+// A member's place in the grid; those left over take part in the chunk-wide work only.
+struct Place {
+  bool works;
+  int lane, lanes;
+  Range rows;
+  Barrier* barrier;
+  void wait() const { barrier->wait(lanes); }
+
+  Place(const Member& m, Grid grid, int64_t batch, Barrier* barriers) {
+    const int group = m.rank / grid.lanes;
+    works = group < grid.groups;
+    lane = m.rank % grid.lanes;
+    lanes = grid.lanes;
+    rows = works ? split(batch, grid.groups, group) : Range{0, 0};
+    barrier = barriers + (works ? group : 0);
+  }
+};
+
+// ---- random masks ----
+
+// Uniforms of elements [first, first + count) of a stream.
+inline void philox_fill(uint64_t seed, uint64_t offset, uint64_t first, int64_t count, float* out) {
+  constexpr int batch = 16;
+  const uint64_t end = first + static_cast<uint64_t>(count);
+  for (uint64_t block = first / 4; block * 4 < end; block += batch) {
+    float u[4 * batch];
+    for (int i = 0; i < batch; ++i) {
+      const Philox4 bits = philox_block(seed, offset, block + static_cast<uint64_t>(i));
+      for (int w = 0; w < 4; ++w) u[4 * i + w] = philox_to_uniform(bits.word[w]);
+    }
+    const uint64_t from = block * 4 < first ? first : block * 4;
+    const uint64_t to = (block + batch) * 4 < end ? (block + batch) * 4 : end;
+    for (uint64_t e = from; e < to; ++e) out[e - first] = u[e - block * 4];
+  }
+}
+
+// Inverted dropout's factors: 1 / (1 - p) where kept, else 0.
+template <class T>
+inline void dropout_scale(const Regularizers& r, uint64_t stream, double p, uint64_t first, int64_t count, T* out) {
+  const T keep = p < 1 ? static_cast<T>(1.0 / (1.0 - p)) : T{0};
+  const float threshold = static_cast<float>(p);
+  constexpr int64_t block = 256;
+  float u[block];
+  for (int64_t i = 0; i < count; i += block) {
+    const int64_t n = minimum(block, count - i);
+    philox_fill(r.seed, r.offset + stream, first + static_cast<uint64_t>(i), n, u);
+    for (int64_t j = 0; j < n; ++j) out[i + j] = u[j] >= threshold ? keep : T{0};
+  }
+}
+
+// Zoneout: the weight of the old state. In training 1 or 0 at random, otherwise p everywhere.
+template <class T>
+inline void zoneout_weights(const Regularizers& r, uint64_t stream, double p, uint64_t first, int64_t count, T* out) {
+  const float threshold = static_cast<float>(p);
+  constexpr int64_t block = 256;
+  float u[block];
+  for (int64_t i = 0; i < count; i += block) {
+    const int64_t n = minimum(block, count - i);
+    philox_fill(r.seed, r.offset + stream, first + static_cast<uint64_t>(i), n, u);
+    for (int64_t j = 0; j < n; ++j) out[i + j] = u[j] < threshold ? T{1} : T{0};
+  }
+}
+
+// old where w = 1, new where w = 0, without rounding at either end, and no NaN from the state that is not taken.
+template <class T>
+GENFUSE_HD Vec<T> zoneout(Vec<T> w, Vec<T> old_state, Vec<T> new_state) {
+  const Vec<T> mix = w * old_state + (1 - w) * new_state;
+  return w == 1 ? old_state : (w == 0 ? new_state : mix);
+}
+
+// ---- layer normalisation, in parts ----
+
+// Mean and sum of squared deviations of `count` values, combined from parts by Chan's formula in a fixed order.
+template <class T>
+struct Moments {
+  T count = 0, mean = 0, deviation = 0;
+  void add(T n, T m, T d) {
+    const T total = count + n, delta = m - mean;
+    if (total == 0) return;
+    mean += delta * (n / total);
+    deviation += d + delta * delta * (count * n / total);
+    count = total;
+  }
+  T rstd(double eps) const { return static_cast<T>(1.0 / std::sqrt(static_cast<double>(deviation / count) + eps)); }
+};
+
+template <class T>
+inline Moments<T> row_moments(const T* row, int64_t n) {
+  constexpr int64_t block = 64;
+  Moments<T> m;
+  for (int64_t i = 0; i < n; i += block) {
+    const int64_t c = minimum(block, n - i);
+    Vec<T> s{};
+    for (int64_t j = 0; j < c; j += kLanes<T>) s += load_upto(row + i + j, c - j);
+    const T mean = sum<T>(s) / static_cast<T>(c);
+    Vec<T> d{};
+    for (int64_t j = 0; j < c; j += kLanes<T>) {
+      const Vec<T> e = keep_first<T>(load_upto(row + i + j, c - j) - mean, c - j);
+      d += e * e;
+    }
+    m.add(static_cast<T>(c), mean, sum<T>(d));
+  }
+  return m;
+}
+
+// ---- packed operands ----
+
+// A matrix cut into panels of at most four vectors of columns. Lanes of a grid own runs of whole vectors, and a panel
+// never crosses from one lane's run into the next, so that a lane's share is even to a vector.
+template <class T>
+struct Panels {
+  T* data = nullptr;
+  int64_t depth = 0, columns = 0;
+  int64_t vectors() const { return ceil_div(columns, kLanes<T>); }
+  // A panel begins at any vector: the packed order is [vector run][depth][vectors of the run].
+  T* panel(int64_t vector) const { return data + vector * kLanes<T> * depth; }
+  static int64_t size(int64_t depth, int64_t columns) { return ceil_div(columns, kLanes<T>) * kLanes<T> * depth; }
+
+  // Calls f(first vector, width in vectors) for the panels of a run of vectors.
+  template <class F>
+  static void for_panels(Range run, F f) {
+    for (int64_t v = run.begin; v < run.end; v += kPanelVectors) {
+      f(v, static_cast<int>(minimum(kPanelVectors, run.end - v)));
+    }
+  }
+};
+
+// Adds the tile's [count][vectors] buffer to, or writes it over, rows of C.
+template <class T>
+inline void put_tile(const T* tile, int count, int vectors, T* const* rows, int64_t column, int64_t columns,
+                     bool accumulate) {
+  constexpr int lanes = kLanes<T>;
+  for (int r = 0; r < count; ++r) {
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t at = column + v * lanes, left = columns - at;
+      Vec<T> value = load(tile + (r * vectors + v) * lanes);
+      if (accumulate) value += load_upto(rows[r] + at, left);
+      store_upto(rows[r] + at, value, left);
+    }
+  }
+}
+
+// C[m, :] (+)= sum over k of A[k][m] * B[k, :], the weight gradient of one chunk: A is the gradient of the gates
+// (`a`, row stride lda, columns [a_first, a_first + count)), B given by rows. Members share out C's rows; B is packed by
+// all of them first, in blocks of depth, into `b_panels`; `a_tiles` is this member's own buffer.
+template <class T, class BRow>
+inline void weight_gradient(const Member& m, int64_t depth, const T* a, int64_t lda, int64_t a_first, int64_t count,
+                            BRow b_row, int64_t columns, T* c, int64_t ldc, bool accumulate, T* b_panels, T* a_tiles) {
+  constexpr int lanes = kLanes<T>;
+  const int64_t vectors = ceil_div(columns, lanes);
+  const Panels<T> b{b_panels, depth, columns};
+  m.wait();
+  Panels<T>::for_panels({0, vectors}, [&](int64_t v, int width) {
+    if ((v / kPanelVectors) % m.size != m.rank) return;
+    pack_rows<T>(width * lanes, columns - v * lanes, depth, b_row, v * lanes, b.panel(v));
+  });
+  m.wait();
+  // A block of A's columns at a time, so that its packed tiles stay in L2 while every panel of B passes.
+  constexpr int64_t block = 8 * kTileRows;
+  const int64_t blocks = ceil_div(count, block);
+  alignas(64) T tile[kTileRows * kPanel<T>];
+  for (int64_t i = m.rank; i < blocks; i += m.size) {
+    const int64_t begin = i * block, end = minimum(begin + block, count);
+    for (int64_t k = 0; k < depth; ++k) {
+      const T* from = a + k * lda + a_first;
+      for (int64_t first = begin; first < end; first += kTileRows) {
+        T* to = a_tiles + (first - begin) * depth + k * kTileRows;
+        const int64_t n = minimum(kTileRows, end - first);
+        for (int64_t j = 0; j < n; ++j) to[j] = from[first + j];
+      }
+    }
+    Panels<T>::for_panels({0, vectors}, [&](int64_t v, int width) {
+      for (int64_t first = begin; first < end; first += kTileRows) {
+        const int n = static_cast<int>(minimum(kTileRows, end - first));
+        const T* rows[kTileRows];
+        T* out[kTileRows];
+        for (int r = 0; r < n; ++r) {
+          rows[r] = a_tiles + (first - begin) * depth + r;
+          out[r] = c + (first + r) * ldc;
+        }
+        multiply(n, width, depth, rows, kTileRows, b.panel(v), tile);
+        put_tile(tile, n, width, out, v * lanes, columns, accumulate);
+      }
+    });
+  }
+}
+template <class T>
+inline int64_t weight_gradient_tiles(int64_t depth) {
+  return 8 * kTileRows * depth;
+}
+
+// C[row, :] = sum over k of A[row, k] B[k, :] for all rows of a chunk: A row-major (a, lda), B packed.
+template <class T, class CRow>
+inline void multiply_chunk(const Member& m, int64_t rows, const T* a, int64_t lda, const Panels<T>& b, CRow c_row) {
+  alignas(64) T tile[kTileRows * kPanel<T>];
+  const Range mine = m.share(rows);
+  Panels<T>::for_panels({0, b.vectors()}, [&](int64_t v, int width) {
+    for_tiles(mine.begin, mine.end, [&](int64_t first, int count) {
+      const T* from[kTileRows];
+      T* to[kTileRows];
+      for (int r = 0; r < count; ++r) {
+        from[r] = a + (first + r) * lda;
+        to[r] = c_row(first + r);
+      }
+      multiply(count, width, b.depth, from, 1, b.panel(v), tile);
+      put_tile(tile, count, width, to, v * kLanes<T>, b.columns, false);
+    });
+  });
+}
+
+}
+}  // namespace genfuse

@@ -1,0 +1,7 @@
+"""The definitions: every op in plain PyTorch, in the notation of its paper, differentiable to any order."""
+
+from __future__ import annotations
+
+from .recurrent import gru, gru_generate, linear_cross_entropy, lstm, lstm_generate, sample_token
+
+__all__ = ["gru", "gru_generate", "linear_cross_entropy", "lstm", "lstm_generate", "sample_token"]

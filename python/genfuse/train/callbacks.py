@@ -1,0 +1,247 @@
+"""What happens around the steps: history, best model, checkpoints, stopping on a signal, the progress bar."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.pytorch.callbacks import Checkpoint, RichProgressBar
+from lightning.pytorch.callbacks.progress.rich_progress import CustomTimeColumn, RichProgressBarTheme
+from rich.progress import BarColumn, TextColumn
+
+from .checkpoint import LAST, replacing, save_weights
+from .errors import Stopped
+from .module import LanguageModelModule, Plan
+from .plot import draw_curve
+
+__all__ = ["AtomicCheckpointIO", "ProgressBar", "Recorder"]
+
+LOG_EVERY = 10
+SECONDS_BETWEEN_PLOTS = 20.0
+LN2 = math.log(2.0)
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Checkpoints that are replaced in one step, on the disk for good, and read back as tensors and plain values only."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        with replacing(Path(path)) as file:
+            torch.save(checkpoint, file)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
+        loaded: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        return loaded
+
+    def remove_checkpoint(self, path: Any) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+class Recorder(Checkpoint):
+    """Keeps the run's history, writes its files, and stops it when asked to.
+
+    ``last.ckpt`` is written every `save_every` steps: after the evaluation where one is due at that step, so that a
+    resumed run neither repeats nor misses it. All that this callback knows is in the checkpoint. On SIGINT (Ctrl-C) or
+    SIGTERM it finishes the step, writes ``last.ckpt`` and raises `Stopped`, in all processes at the same step.
+
+    Args:
+        folder: the run's.
+        config: content of its ``config.json``.
+        plan: of the run.
+        save_every: steps between checkpoints.
+        tokens_per_char: to report bits per character, whatever the tokens are.
+        say: prints a line for the user (in the first process).
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        plan: Plan,
+        save_every: int,
+        tokens_per_char: float,
+        say: Callable[[str], None],
+    ) -> None:
+        self.folder, self.config, self.plan, self.save_every = folder, config, plan, save_every
+        self.bits = tokens_per_char / LN2  # bits per character of one nat per token
+        self.say = say
+        self.train: list[tuple[int, float]] = []
+        self.held_out: list[tuple[int, float]] = []
+        self.best: tuple[int, float] | None = None
+        self.seconds = 0.0
+        self.tokens_per_second = 0.0
+        self._sum: float | torch.Tensor = 0.0
+        self._count = 0
+        self._clock = self._logged = self._plotted = time.monotonic()
+        self._logged_step = 0
+        self._signal: int | None = None
+        self._handlers: dict[int, Any] = {}
+
+    # What a checkpoint remembers of it.
+
+    def state_dict(self) -> dict[str, Any]:
+        self._tick()
+        return {
+            "train": self.train,
+            "held_out": self.held_out,
+            "best": self.best,
+            "seconds": self.seconds,
+            "sum": float(self._sum),
+            "count": self._count,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.train, self.held_out = list(state_dict["train"]), list(state_dict["held_out"])
+        self.best, self.seconds = state_dict["best"], state_dict["seconds"]
+        self._sum, self._count = state_dict["sum"], state_dict["count"]
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        self.seconds += now - self._clock
+        self._clock = now
+
+    # The run.
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._clock = self._logged = time.monotonic()
+        self._logged_step = trainer.global_step
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._on_signal)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        while self._handlers:
+            signal.signal(*self._handlers.popitem())
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self._signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt  # a second Ctrl-C does not wait for the step
+        self._signal = number
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, LanguageModelModule)
+        step = trainer.global_step
+        self._sum = self._sum + pl_module.nll  # type: ignore[operator]  # set by the step that has just run
+        self._count += 1
+        if step % LOG_EVERY == 0 or step == self.plan.total_steps:
+            self._log(trainer, step)
+        if step % self.plan.evaluate_every != 0:
+            self._save_or_stop(trainer, step)
+
+    def _log(self, trainer: pl.Trainer, step: int) -> None:
+        mean = torch.as_tensor(self._sum / self._count)
+        nats = float(trainer.strategy.reduce(mean, reduce_op="mean")) if trainer.world_size > 1 else float(mean)
+        self._sum, self._count = 0.0, 0
+        now = time.monotonic()
+        order = self.plan.order
+        speed = (step - self._logged_step) * order.batch_size * order.context / max(now - self._logged, 1e-9)
+        self.tokens_per_second = speed if self.tokens_per_second == 0.0 else 0.8 * self.tokens_per_second + 0.2 * speed
+        self._logged, self._logged_step = now, step
+        self.train.append((step, nats))
+        if trainer.logger is not None:
+            rate = trainer.optimizers[0].param_groups[0]["lr"]
+            trainer.logger.log_metrics(
+                {
+                    "train/loss": nats,
+                    "train/bits_per_char": nats * self.bits,
+                    "train/learning_rate": rate,
+                    "train/tokens_per_second": speed,
+                },
+                step=step,
+            )
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, LanguageModelModule)
+        step, nats = trainer.global_step, pl_module.held_out
+        assert nats is not None
+        self.held_out.append((step, nats))
+        if trainer.logger is not None:
+            trainer.logger.log_metrics(
+                {
+                    "held_out/loss": nats,
+                    "held_out/bits_per_char": nats * self.bits,
+                    "held_out/perplexity": math.exp(min(nats * self.bits * LN2, 700.0)),
+                },
+                step=step,
+            )
+        best = self.best is None or nats < self.best[1]
+        if best:
+            self.best = (step, nats)
+            state = trainer.strategy.lightning_module_state_dict()  # every process takes part: FSDP gathers here
+            if trainer.is_global_zero:
+                model = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
+                metadata = {"step": str(step), "held_out_bits_per_char": f"{nats * self.bits:.6f}"}
+                save_weights(self.folder, model, self.config, metadata)
+        recent = [value for _, value in self.train[-5:]]
+        self.say(
+            f"step {step:>{len(str(self.plan.total_steps))}}/{self.plan.total_steps}"
+            f"  train {sum(recent) / max(len(recent), 1) * self.bits:.3f}"
+            f"  held-out {nats * self.bits:.3f} bits/char{' (best)' if best else ''}"
+            f"  {self.tokens_per_second:,.0f} tokens/s"
+        )
+        now = time.monotonic()
+        if trainer.is_global_zero and now - self._plotted > SECONDS_BETWEEN_PLOTS:
+            self.draw()
+            self._plotted = time.monotonic()
+        self._save_or_stop(trainer, step)
+        # Looking at the held-out text is no training: keep it out of the tokens per second.
+        self._logged += time.monotonic() - now
+
+    def draw(self) -> None:
+        """Draw the loss curve so far."""
+        draw_curve(self.folder / "loss.png", self.train, self.held_out, self.bits)
+
+    def _save_or_stop(self, trainer: pl.Trainer, step: int) -> None:
+        stop = self._signal is not None
+        if trainer.world_size > 1:
+            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+        if stop or step % self.save_every == 0 or step == self.plan.total_steps:
+            trainer.save_checkpoint(self.folder / LAST)
+        if stop and step < self.plan.total_steps:
+            raise Stopped(self._signal or signal.SIGTERM, step)
+
+
+class ProgressBar(RichProgressBar):
+    """One bar for the whole run: steps, time spent and left, loss, bits per character, tokens per second."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__(refresh_rate=4, theme=RichProgressBarTheme(metrics_text_delimiter="  "))
+        self._recorder = recorder
+
+    @property
+    def total_train_batches(self) -> int:
+        return self._recorder.plan.total_steps
+
+    @property
+    def validation_description(self) -> str:
+        return "held-out"
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "training"
+
+    def configure_columns(self, trainer: pl.Trainer) -> list[Any]:
+        return [
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            CustomTimeColumn(style="dim"),
+        ]
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        recorder = self._recorder
+        if not recorder.train:
+            return {}
+        nats = recorder.train[-1][1]
+        metrics = {"loss": f"{nats:.3f}", "bits/char": f"{nats * recorder.bits:.3f}"}
+        if recorder.tokens_per_second:
+            metrics["tokens/s"] = f"{recorder.tokens_per_second:,.0f}"
+        return metrics

@@ -1,0 +1,214 @@
+"""Files that are whole or not there: atomic writes, and the saved model (weights as safetensors, config as JSON).
+
+A saved model is two files in one folder. ``config.json`` says what the model is (class, arguments, vocabulary,
+settings) and does not change during a run; ``model.safetensors`` holds the best weights, is replaced as a whole, and
+carries the SHA-256 of the model that the config describes. So the two always match, and a pair that does not is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from genfuse.models import LSTMLanguageModel
+
+    from .text import Vocabulary
+
+__all__ = ["CONFIG", "LAST", "WEIGHTS", "SavedModel", "load_model", "replacing", "save_weights", "write_text"]
+
+CONFIG, WEIGHTS, LAST = "config.json", "model.safetensors", "last.ckpt"
+FORMAT = "genfuse language model 1"
+_TEMPORARY = ".unfinished"
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Write a file so that a kill at any moment leaves the old one or the new one, whole.
+
+    The content goes to a hidden file beside it, is flushed to the disk, and takes the name in one step.
+
+    Example:
+        >>> folder = __import__("tempfile").mkdtemp()
+        >>> with replacing(Path(folder, "a.txt")) as file:
+        ...     _ = file.write(b"whole")
+        >>> os.listdir(folder)
+        ['a.txt']
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable; not every system lets a folder be opened."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what a killed process left half-written."""
+    for path in folder.glob(f".*{_TEMPORARY}"):
+        path.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    with replacing(path) as file:
+        file.write(text.encode("utf-8", "surrogateescape"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def make_config(model: str, arguments: dict[str, Any], vocabulary: Vocabulary, run: dict[str, Any]) -> dict[str, Any]:
+    """The content of ``config.json``: what the model is, and how the run was set."""
+    return {
+        "format": FORMAT,
+        "model": model,
+        "arguments": arguments,
+        "vocabulary": {"level": vocabulary.level, "characters": vocabulary.characters},
+        "run": run,
+    }
+
+
+def model_hash(config: dict[str, Any]) -> str:
+    """SHA-256 of the part of a config that says what the model is."""
+    model = {name: config.get(name) for name in ("format", "model", "arguments", "vocabulary")}
+    return hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()
+
+
+def save_weights(folder: Path, state: dict[str, Tensor], config: dict[str, Any], metadata: dict[str, str]) -> None:
+    """Replace ``model.safetensors`` in `folder`, where ``config.json`` holds `config`.
+
+    Tensors that share storage (tied weights) are stored once, under the first name.
+    """
+    from safetensors.torch import save
+
+    unique: dict[int, str] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if unique.setdefault(tensor.data_ptr(), name) == name or tensor.numel() == 0:
+            tensors[name] = tensor.detach().cpu().contiguous()
+    known = {"format": "pt", "genfuse": FORMAT, "model_sha256": model_hash(config)}
+    content = save(tensors, metadata={**known, **metadata})
+    with replacing(folder / WEIGHTS) as file:
+        file.write(content)
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """A model read from disk, in eval mode, with its vocabulary, its config and what was measured when it was saved."""
+
+    model: LSTMLanguageModel
+    vocabulary: Vocabulary
+    config: dict[str, Any]
+    metadata: dict[str, str]
+    folder: Path
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` of a run folder.
+
+    Raises:
+        UserError: it is not there, is no JSON, or is not of this library.
+    """
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no genfuse model: there is no {CONFIG} in it.") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {(error.strerror or str(error)).lower()}.") from None
+    except ValueError:
+        raise UserError(f"{path} is not JSON: the checkpoint is damaged.") from None
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise UserError(f"{path} does not describe a genfuse language model.")
+    return config
+
+
+def load_model(path: str | os.PathLike[str], device: str = "cpu") -> SavedModel:
+    """Load the best model of a run.
+
+    Args:
+        path: the run's folder, or the ``model.safetensors`` in it.
+        device: where its weights go.
+
+    Raises:
+        UserError: there is no model, it is damaged, or it is another program's or another class's.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    from genfuse import models
+
+    from .text import Vocabulary
+
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"there is no checkpoint at {path}.")
+    if path.is_file() and path.name in (LAST, CONFIG):
+        path = path.parent
+    weights = path / WEIGHTS if path.is_dir() else path
+    folder = weights.parent
+    if not weights.exists():
+        if (folder / CONFIG).exists():
+            raise UserError(f"the run in {folder} has not saved a model yet: let it train on, or resume it.")
+        raise UserError(f"{folder} holds no genfuse model: there is no {WEIGHTS} in it.")
+    try:
+        with safe_open(weights, framework="pt", device=device) as file:
+            metadata = dict(file.metadata() or {})
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{weights} is not a whole safetensors file ({first_line(error)}).") from None
+    if metadata.get("genfuse") != FORMAT:
+        raise UserError(f"{weights} is not a genfuse language model: it was saved by another program.")
+    config = read_config(folder)
+    if metadata.get("model_sha256") != model_hash(config):
+        raise UserError(f"{weights} belongs to another {CONFIG} than the one beside it.")
+    model_class = getattr(models, str(config.get("model")), None)
+    if config.get("model") != "LSTMLanguageModel" or model_class is None:
+        raise UserError(f"{folder} holds a {config.get('model')}, and this command wants an LSTMLanguageModel.")
+    try:
+        model = model_class(**config["arguments"])
+        if config["arguments"].get("tie_weights"):
+            state.setdefault("head.weight", state["embedding.weight"])
+        model.load_state_dict(state)
+        vocabulary = Vocabulary(**config["vocabulary"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        why = first_line(error)
+        raise UserError(f"the weights in {folder} do not fit the model its {CONFIG} describes ({why}).") from None
+    if vocabulary.size != config["arguments"]["vocab_size"]:
+        raise UserError(f"the vocabulary in {folder / CONFIG} does not have the size of the model's.")
+    try:
+        model = model.to(torch.device(device)).eval()
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"cannot use the device {device!r} ({first_line(error)}).") from None
+    return SavedModel(model, vocabulary, config, metadata, folder)
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")

@@ -60,8 +60,8 @@ target_compile_options(genfuse_common PRIVATE ${GENFUSE_WARNINGS} ${GENFUSE_KERN
 list(JOIN GENFUSE_ISAS "," GENFUSE_ISA_LIST)
 target_compile_definitions(genfuse_common PRIVATE GENFUSE_ISA=baseline GENFUSE_ISAS="${GENFUSE_ISA_LIST}")
 
-# The order matters. An inline function of the standard library that several kernels use exists in several versions, and
-# the linker keeps the first: with the oldest instruction set in front, that one runs everywhere.
+# The order matters. An inline function of the standard library that several files use exists in several versions, and the
+# linker keeps the first: with the oldest instruction set in front, that one runs everywhere.
 set(GENFUSE_KERNELS $<TARGET_OBJECTS:genfuse_common>)
 if(GENFUSE_CPU_SOURCES)
     foreach(isa IN LISTS GENFUSE_ISAS)

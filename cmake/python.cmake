@@ -38,19 +38,19 @@ if(APPLE)
 endif()
 
 # ---- genfuse_ops ------------------------------------------------------------------------------------------------------
-if(EXISTS ${PROJECT_SOURCE_DIR}/csrc/library.cpp)
-    add_library(genfuse_ops MODULE ${PROJECT_SOURCE_DIR}/csrc/library.cpp ${GENFUSE_OPS_SOURCES} ${GENFUSE_KERNELS})
-    target_include_directories(genfuse_ops PRIVATE ${PROJECT_SOURCE_DIR}/csrc)
-    target_compile_options(genfuse_ops PRIVATE ${GENFUSE_WARNINGS})
-    target_link_libraries(genfuse_ops PRIVATE genfuse_torch)
-    set_target_properties(genfuse_ops PROPERTIES PREFIX lib)
-    if(CMAKE_SYSTEM_NAME STREQUAL "Linux")
-        target_link_options(genfuse_ops PRIVATE -Wl,--no-undefined -Wl,--gc-sections)
-    endif()
-    install(TARGETS genfuse_ops LIBRARY DESTINATION genfuse)
-else()
-    message(WARNING "csrc/library.cpp is missing: no torch operators are built")
+# A library's own files are an object library, too: in a target's list of sources they would be linked after the kernels,
+# and the order is what keeps new instructions out of shared inline functions (kernels.cmake).
+add_library(genfuse_ops_objects OBJECT ${PROJECT_SOURCE_DIR}/csrc/library.cpp ${GENFUSE_OPS_SOURCES})
+target_include_directories(genfuse_ops_objects PRIVATE ${PROJECT_SOURCE_DIR}/csrc)
+target_compile_options(genfuse_ops_objects PRIVATE ${GENFUSE_WARNINGS})
+target_link_libraries(genfuse_ops_objects PRIVATE genfuse_torch)
+add_library(genfuse_ops MODULE $<TARGET_OBJECTS:genfuse_ops_objects> ${GENFUSE_KERNELS})
+target_link_libraries(genfuse_ops PRIVATE genfuse_torch)
+set_target_properties(genfuse_ops PROPERTIES PREFIX lib LINKER_LANGUAGE CXX)
+if(CMAKE_SYSTEM_NAME STREQUAL "Linux")
+    target_link_options(genfuse_ops PRIVATE -Wl,--no-undefined)
 endif()
+install(TARGETS genfuse_ops LIBRARY DESTINATION genfuse)
 
 # ---- genfuse_cuda -----------------------------------------------------------------------------------------------------
 set(GENFUSE_BUILD_CUDA OFF)
@@ -106,12 +106,14 @@ endif()
 message(STATUS "CUDA kernels: ${GENFUSE_BUILD_CUDA} (GENFUSE_CUDA=${GENFUSE_CUDA}) ${GENFUSE_CUDA_VERSION} ${archs}")
 
 # ---- _C ---------------------------------------------------------------------------------------------------------------
-pybind11_add_module(genfuse_module MODULE NO_EXTRAS ${PROJECT_SOURCE_DIR}/csrc/module.cpp ${GENFUSE_KERNELS})
-set_target_properties(genfuse_module PROPERTIES OUTPUT_NAME _C)
-target_include_directories(genfuse_module PRIVATE ${PROJECT_SOURCE_DIR}/csrc)
-target_compile_options(genfuse_module PRIVATE ${GENFUSE_WARNINGS})
+add_library(genfuse_module_objects OBJECT ${PROJECT_SOURCE_DIR}/csrc/module.cpp)
+target_include_directories(genfuse_module_objects PRIVATE ${PROJECT_SOURCE_DIR}/csrc)
+target_compile_options(genfuse_module_objects PRIVATE ${GENFUSE_WARNINGS})
+target_link_libraries(genfuse_module_objects PRIVATE pybind11::module)
+pybind11_add_module(genfuse_module MODULE NO_EXTRAS $<TARGET_OBJECTS:genfuse_module_objects> ${GENFUSE_KERNELS})
+set_target_properties(genfuse_module PROPERTIES OUTPUT_NAME _C LINKER_LANGUAGE CXX)
 list(JOIN archs "," archs)
-target_compile_definitions(genfuse_module PRIVATE
+target_compile_definitions(genfuse_module_objects PRIVATE
     GENFUSE_VERSION="${PROJECT_VERSION}"
     GENFUSE_COMPILER="${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}"
     GENFUSE_BUILD_TYPE="${CMAKE_BUILD_TYPE}"

@@ -1259,9 +1259,16 @@ def _tiles(batch: int) -> tuple[int, int]:
     return (16, 4) if batch <= 16 else (32, 4)
 
 
-def _sequence_fits(hidden: int, dtype: torch.dtype) -> bool:
-    """Whether the recurrent weights of a sequence kernel stay on chip: 4 * 128^2 of 2 bytes, or 4 * 64^2 of 4."""
-    return hidden <= (64 if dtype == torch.float32 else 128)
+def _sequence_fits(hidden: int, dtype: torch.dtype, layer_norm: bool = False) -> bool:
+    """Whether a sequence kernel keeps its weights and state on chip (shared memory and registers, as compiled)."""
+    limit = 64 if dtype == torch.float32 else 128
+    return hidden <= (limit // 2 if layer_norm else limit)
+
+
+def _sequence_options(hidden: int) -> dict[str, int]:
+    # One stage: the loop's loads depend on nothing that it computes, but prefetching buffers cost shared memory
+    # that the resident weights need.
+    return {"BM": 16, "BH": _power_of_two(hidden), "num_warps": 4 if hidden <= 32 else 8, "num_stages": 1}
 
 
 def _input_rows(x: Tensor) -> Tensor:
@@ -1367,13 +1374,13 @@ def lstm(
 
     if batch == 0 or steps.total == 0 or cells_size == 0:
         h_n, c_n = h0.clone(), c0.clone()
-    elif steps.dense and not projected and _sequence_fits(cells_size, x.dtype):
+    elif steps.dense and not projected and _sequence_fits(cells_size, x.dtype, layer_norm):
         h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
         _lstm_sequence[(triton.cdiv(batch, 16),)](
             xp, w_hh, ln_ih, ln_hh, bias, ln_cw, ln_cb, h0, c0, h_n, c_n, y, xp if save and not layer_norm else None,
             cells, recurrent, stats, hidden, out_mask, reset_bytes, rng, len(steps.order), batch, eps,
             zoneout_h, zoneout_c, limit_h, limit_c, **zone, REVERSE=reverse, H=cells_size,
-            BH=_power_of_two(cells_size), BM=16, PRECISION=precision, num_warps=4 if cells_size <= 64 else 8,
+            PRECISION=precision, **_sequence_options(cells_size),
         )  # fmt: skip
     else:
         h_in, c = h0.to(torch.float32, copy=True), c0.to(torch.float32, copy=True)
@@ -1497,7 +1504,7 @@ def lstm_backward(
     precision = _precision()
     sum_a = sum_ih = sum_hh = sum_cw = sum_cb = d_tilde = u = None
     empty = batch == 0 or total == 0 or H == 0
-    in_one = not empty and steps.dense and not projected and _sequence_fits(H, x.dtype)
+    in_one = not empty and steps.dense and not projected and _sequence_fits(H, x.dtype, layer_norm)
     if layer_norm:
         # The sequence kernel writes one row a program; the step kernels add to one row a batch row.
         parts = triton.cdiv(batch, 16) if in_one else batch
@@ -1514,8 +1521,7 @@ def lstm_backward(
             grad_y, h_grad, c_grad, w_hh, ln_ih, ln_hh, bias, ln_cw, ln_cb, c0, gates, cells,
             recurrent if layer_norm else None, stats if layer_norm else None, out_mask, reset_bytes, rng, d_x, d_rec,
             sum_a, sum_ih, sum_hh, sum_cw, sum_cb, len(steps.order), batch, zoneout_h, zoneout_c, limit_h, limit_c,
-            **zone, REVERSE=reverse, H=H, BH=_power_of_two(H), BM=16, PRECISION=precision,
-            num_warps=4 if H <= 64 else 8,
+            **zone, REVERSE=reverse, H=H, PRECISION=precision, **_sequence_options(H),
         )  # fmt: skip
         grad_h0, grad_c0 = h_grad.to(x.dtype), c_grad.to(x.dtype)
     else:
@@ -1630,8 +1636,7 @@ def gru(
         h_n = torch.empty_like(h0)
         _gru_sequence[(triton.cdiv(batch, 16),)](
             xp, w_hh, b_ih, b_hh, h0, h_n, y, gates, hidden, out_mask, reset_bytes, rng, len(steps.order), batch,
-            zoneout_h, limit, ZONE_H=zone, REVERSE=reverse, H=H, BH=_power_of_two(H), BM=16, PRECISION=precision,
-            num_warps=4 if H <= 64 else 8,
+            zoneout_h, limit, ZONE_H=zone, REVERSE=reverse, H=H, PRECISION=precision, **_sequence_options(H),
         )  # fmt: skip
     else:
         h_in = h0.to(torch.float32, copy=True)
@@ -1696,8 +1701,7 @@ def gru_backward(
     elif steps.dense and _sequence_fits(H, x.dtype):
         _gru_sequence_backward[(triton.cdiv(batch, 16),)](
             grad_y, h_grad, w_hh, h0, gates, states, out_mask, reset_bytes, rng, d_gates, len(steps.order), batch,
-            zoneout_h, limit, ZONE_H=zone, REVERSE=reverse, H=H, BH=_power_of_two(H), BM=16, PRECISION=precision,
-            num_warps=4 if H <= 64 else 8,
+            zoneout_h, limit, ZONE_H=zone, REVERSE=reverse, H=H, PRECISION=precision, **_sequence_options(H),
         )  # fmt: skip
         grad_h0 = h_grad.to(x.dtype)
     else:

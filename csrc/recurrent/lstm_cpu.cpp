@@ -15,128 +15,22 @@ namespace genfuse {
 GENFUSE_NAMESPACE {
 namespace {
 
-// Rows below this use the weights where they lie: packing would read and write them for a single use.
-constexpr int64_t kUnpackedRows = 4;
-
-// Things both passes have: sizes in vectors, the grid, masked weights, locked masks.
+// Which a layer norm's and a projection's exchanges add to.
 template <class T>
-struct LstmCommon {
-  static constexpr int L = kLanes<T>;
-  using V = Vec<T>;
-
-  const LstmInputs<T>& in;
-  const Sequence& seq;
-  Geometry g;
-  Grid grid;
-  int64_t H, S, G;          // units, features of h, 4 H
-  int64_t h_vectors, s_vectors;
-  int64_t ld_h, ld_s;       // row strides of padded buffers
-  Barrier* barriers;
-  T* dropped = nullptr;     // W_hh with its mask
-  T* input_mask = nullptr;  // [batch, input]
-  T* output_mask = nullptr; // [batch, ld_s]
-  T* keep_h = nullptr;      // zoneout's weights of this step, [batch, ld_s] and [batch, ld_h]
-  T* keep_c = nullptr;
-
-  LstmCommon(const LstmInputs<T>& inputs, Arena& arena, int threads) : in(inputs), seq(inputs.seq), g(inputs.seq, arena) {
-    H = seq.hidden;
-    S = seq.state;
-    G = 4 * H;
-    h_vectors = ceil_div(H, L);
-    s_vectors = ceil_div(S, L);
-    ld_h = h_vectors * L;
-    ld_s = s_vectors * L;
-    const int barrier_count = 1 + (in.projected() ? 1 : 0) + (in.layer_norm() ? 3 : 0);
-    const double macs = static_cast<double>(S) * static_cast<double>(h_vectors) * 4;
-    grid = choose_grid(threads, seq.batch, h_vectors, macs, static_cast<double>(G * S) * sizeof(T), barrier_count);
-    barriers = arena.take<Barrier>(grid.groups);
-    if (arena.base != nullptr) {
-      for (int i = 0; i < grid.groups; ++i) new (barriers + i) Barrier;
-    }
-    const Regularizers& r = in.reg;
-    if (r.drops_weights()) dropped = arena.take<T>(G * S);
-    if (r.masks_input()) input_mask = arena.take<T>(seq.batch * seq.input);
-    if (r.masks_output()) output_mask = arena.take<T>(seq.batch * ld_s);
-    if (r.zoneout_h > 0) keep_h = arena.take<T>(seq.batch * ld_s);
-    if (r.zoneout_c > 0) keep_c = arena.take<T>(seq.batch * ld_h);
-  }
-
-  const T* recurrent_weights() const { return dropped != nullptr ? dropped : in.w_hh; }
-
-  // The masks and constants of the whole sequence; the caller waits afterwards.
-  void prepare(const Member& m) {
-    const Regularizers& r = in.reg;
-    if (dropped != nullptr) {
-      const Range mine = m.share(G);
-      for (int64_t i = mine.begin; i < mine.end; ++i) {
-        T* to = dropped + i * S;
-        dropout_scale<T>(r, kStreamWeight, r.weight_drop, static_cast<uint64_t>(i * S), S, to);
-        for (int64_t j = 0; j < S; ++j) to[j] *= in.w_hh[i * S + j];
-      }
-    }
-    const Range mine = m.share(seq.batch);
-    for (int64_t b = mine.begin; b < mine.end; ++b) {
-      if (input_mask != nullptr) {
-        dropout_scale<T>(r, kStreamInput, r.input_dropout, static_cast<uint64_t>(b * seq.input), seq.input,
-                         input_mask + b * seq.input);
-      }
-      if (output_mask != nullptr) {
-        dropout_scale<T>(r, kStreamOutput, r.output_dropout, static_cast<uint64_t>(b * S), S, output_mask + b * ld_s);
-        for (int64_t j = S; j < ld_s; ++j) output_mask[b * ld_s + j] = 0;
-      }
-      if (!r.training) {  // zoneout's expectation, the same at every step
-        for (int64_t j = 0; keep_h != nullptr && j < ld_s; ++j) keep_h[b * ld_s + j] = static_cast<T>(r.zoneout_h);
-        for (int64_t j = 0; keep_c != nullptr && j < ld_h; ++j) keep_c[b * ld_h + j] = static_cast<T>(r.zoneout_c);
-      }
-    }
-  }
-
-  // This step's zoneout decisions for the units (vectors) that a lane owns.
-  void draw_zoneout(int64_t t, Range rows, Range h_run, Range s_run) {
-    const Regularizers& r = in.reg;
-    if (!r.training) return;
-    for (int64_t b = rows.begin; b < rows.end; ++b) {
-      const uint64_t row = static_cast<uint64_t>(t * seq.batch + b);
-      if (keep_h != nullptr) {
-        const int64_t first = s_run.begin * L, end = minimum(s_run.end * L, S);
-        zoneout_weights<T>(r, kStreamZoneoutH, r.zoneout_h, row * static_cast<uint64_t>(S) + static_cast<uint64_t>(first),
-                           end - first, keep_h + b * ld_s + first);
-      }
-      if (keep_c != nullptr) {
-        const int64_t first = h_run.begin * L, end = minimum(h_run.end * L, H);
-        zoneout_weights<T>(r, kStreamZoneoutC, r.zoneout_c, row * static_cast<uint64_t>(H) + static_cast<uint64_t>(first),
-                           end - first, keep_c + b * ld_h + first);
-      }
-    }
-  }
-
-  // x of a chunk's rows after the input mask: pointers, and, masked, the rows themselves.
-  void gather_input(const Member& m, const Chunk& c, const T** rows, T* masked) {
-    const Range mine = m.share(c.rows);
-    for_chunk_rows(g, c, [&](int64_t i, int64_t t, int64_t b) {
-      if (i < mine.begin || i >= mine.end) return;
-      rows[i] = g.x_row(in.x, t, b);
-      if (input_mask != nullptr) {
-        T* to = masked + i * seq.input;
-        for (int64_t k = 0; k < seq.input; ++k) to[k] = rows[i][k] * input_mask[b * seq.input + k];
-        rows[i] = to;
-      }
-    });
-  }
-
-  int64_t unit_count(int64_t vector) const { return H - vector * L; }
-};
+int barriers_per_step(const LstmInputs<T>& in) {
+  return 1 + (in.projected() ? 1 : 0) + (in.layer_norm() ? 3 : 0);
+}
 
 // ---- forward ----
 
 template <class T>
-class LstmForwardCpu : LstmCommon<T> {
-  using Base = LstmCommon<T>;
-  using Base::g, Base::grid, Base::G, Base::H, Base::in, Base::keep_c, Base::keep_h, Base::L, Base::ld_h, Base::ld_s,
-      Base::output_mask, Base::S, Base::seq;
+class LstmForwardCpu : RecurrentCpu<T, 4> {
+  using Base = RecurrentCpu<T, 4>;
+  using Base::g, Base::G, Base::H, Base::keep_c, Base::L, Base::ld_h, Base::ld_s, Base::S, Base::seq;
   using V = Vec<T>;
 
   const LstmForward<T>& p;
+  const LstmInputs<T>& in = p;
   bool packed;
   int64_t chunk;
   Panels<T> w_ih, w_hh, w_hr;
@@ -154,7 +48,7 @@ class LstmForwardCpu : LstmCommon<T> {
   T* parts;        // layer norm: moments of each block, [batch][h_vectors][2]
 
  public:
-  LstmForwardCpu(const LstmForward<T>& args, Arena& arena, int threads) : Base(args, arena, threads), p(args) {
+  LstmForwardCpu(const LstmForward<T>& args, Arena& arena, int threads) : Base(args, arena, threads, barriers_per_step(args)), p(args) {
     packed = seq.rows > kUnpackedRows;
     chunk = chunk_steps(seq, kForwardChunkRows);
     const int64_t rows = minimum(chunk * seq.batch, seq.rows);
@@ -183,8 +77,7 @@ class LstmForwardCpu : LstmCommon<T> {
 
  private:
   void member(const Member& m) {
-    Grid mine = grid;
-    if (m.size < mine.groups * mine.lanes) mine = shrink(m.size);
+    const Grid mine = this->grid_for(m.size);
     this->prepare(m);
     if (this->dropped != nullptr) m.wait();
     prepare_forward(m);
@@ -207,11 +100,6 @@ class LstmForwardCpu : LstmCommon<T> {
     }
   }
 
-  // Fewer threads came than the grid was made for: rows are divided among them.
-  Grid shrink(int size) const {
-    return size < grid.groups ? Grid{size, 1} : Grid{grid.groups, static_cast<int>(size / grid.groups)};
-  }
-
   void prepare_forward(const Member& m) {
     const Range units = m.share(this->h_vectors);
     for (int64_t v = units.begin; v < units.end; ++v) {
@@ -225,9 +113,9 @@ class LstmForwardCpu : LstmCommon<T> {
         }
       }
       if (packed) {
-        pack_columns<T>(4 * L, seq.input, [&](int64_t j) { return column(in.w_ih, seq.input, v, j); },
+        pack_columns<T>(4 * L, seq.input, [&](int64_t j) { return this->column(in.w_ih, seq.input, v, j); },
                         w_ih.panel(4 * v));
-        pack_columns<T>(4 * L, S, [&](int64_t j) { return column(this->recurrent_weights(), S, v, j); }, w_hh.panel(4 * v));
+        pack_columns<T>(4 * L, S, [&](int64_t j) { return this->column(this->recurrent_weights(), S, v, j); }, w_hh.panel(4 * v));
       }
     }
     if (w_hr.data != nullptr) {
@@ -242,10 +130,8 @@ class LstmForwardCpu : LstmCommon<T> {
     }
     const Range rows = m.share(seq.batch);
     for (int64_t b = rows.begin; b < rows.end; ++b) {
+      this->enter_state(in, b, h[0], h[1]);
       const bool reset = seq.steps > 0 && g.is_reset(g.time(0), b);
-      for (int64_t j = 0; j < ld_s; ++j) {
-        h[0][b * ld_s + j] = h[1][b * ld_s + j] = j < S && !reset ? in.h0[b * S + j] : T{0};
-      }
       for (int64_t j = 0; j < ld_h; ++j) c[b * ld_h + j] = j < H && !reset ? in.c0[b * H + j] : T{0};
       if (seq.steps == 0) {
         for (int64_t j = 0; j < S; ++j) p.h_n[b * S + j] = in.h0[b * S + j];
@@ -254,19 +140,13 @@ class LstmForwardCpu : LstmCommon<T> {
     }
   }
 
-  // Column j of the panel of unit block v, [4 gates][L units]: a row of W, or null past the last unit.
-  const T* column(const T* weights, int64_t depth, int64_t v, int64_t j) const {
-    const int64_t unit = v * L + j % L;
-    return unit < H ? weights + (j / L * H + unit) * depth : nullptr;
-  }
-
   // tile[row][4 gates][L] = rows . the unit block's four gates
-  void gate_product(int64_t v, int count, const T* const* rows, const Panels<T>& panels, const T* weights, T* tile) const {
+  void gate_product(int64_t v, int count, const T* const* rows, const Panels<T>& panels, const T* w, T* tile) const {
     if (packed) {
       multiply(count, 4, panels.depth, rows, 1, panels.panel(4 * v), tile);
     } else {
       multiply_unpacked(count, 4 * L, panels.depth, rows,
-                        [&](int64_t j) { return column(weights, panels.depth, v, j); }, tile);
+                        [&](int64_t j) { return this->column(w, panels.depth, v, j); }, tile);
     }
   }
 
@@ -393,12 +273,7 @@ class LstmForwardCpu : LstmCommon<T> {
   }
 
   void finish_h(int64_t s, int64_t t, int64_t b, int64_t v, V h_new) {
-    const int64_t at = b * ld_s + v * L, n = S - v * L, row = g.first_row(t) + b;
-    if (keep_h != nullptr) h_new = zoneout<T>(keep_first<T>(load(keep_h + at), n), load(h[s & 1] + at), h_new);
-    if (p.reserve.hidden != nullptr) store_upto(p.reserve.hidden + row * S + v * L, h_new, n);
-    store_upto(p.y + row * S + v * L, output_mask != nullptr ? h_new * load(output_mask + at) : h_new, n);
-    if (g.is_last(t, b)) store_upto(p.h_n + b * S + v * L, h_new, n);
-    store(h[1 - (s & 1)] + at, g.resets_after(s, b) ? V{} : h_new);
+    Base::finish_h(p, p.reserve.hidden, h[s & 1], h[1 - (s & 1)], s, t, b, v, h_new);
   }
 
   // Layer norm, first part: W_hh h as it is, and the moments of this block's 4 x L values.
@@ -496,13 +371,13 @@ class LstmForwardCpu : LstmCommon<T> {
 // ---- backward ----
 
 template <class T>
-class LstmBackwardCpu : LstmCommon<T> {
-  using Base = LstmCommon<T>;
-  using Base::g, Base::grid, Base::G, Base::H, Base::in, Base::keep_c, Base::keep_h, Base::L, Base::ld_h, Base::ld_s,
-      Base::output_mask, Base::S, Base::seq;
+class LstmBackwardCpu : RecurrentCpu<T, 4> {
+  using Base = RecurrentCpu<T, 4>;
+  using Base::g, Base::G, Base::H, Base::keep_c, Base::L, Base::ld_h, Base::ld_s, Base::S, Base::seq;
   using V = Vec<T>;
 
   const LstmBackward<T>& p;
+  const LstmInputs<T>& in = p;
   int64_t chunk;
   Panels<T> w_ih, w_hh, w_hr;
   T* dh;          // gradient of the state that leaves a step, [batch, ld_s] and [batch, ld_h]
@@ -524,7 +399,7 @@ class LstmBackwardCpu : LstmCommon<T> {
   int64_t tile_size;
 
  public:
-  LstmBackwardCpu(const LstmBackward<T>& args, Arena& arena, int threads) : Base(args, arena, threads), p(args) {
+  LstmBackwardCpu(const LstmBackward<T>& args, Arena& arena, int threads) : Base(args, arena, threads, barriers_per_step(args)), p(args) {
     chunk = chunk_steps(seq, kBackwardChunkRows);
     const int64_t rows = minimum(chunk * seq.batch, seq.rows);
     const bool ln = in.layer_norm(), projected = in.projected();
@@ -556,13 +431,8 @@ class LstmBackwardCpu : LstmCommon<T> {
   }
 
  private:
-  Grid shrink(int size) const {
-    return size < grid.groups ? Grid{size, 1} : Grid{grid.groups, static_cast<int>(size / grid.groups)};
-  }
-
   void member(const Member& m) {
-    Grid mine = grid;
-    if (m.size < mine.groups * mine.lanes) mine = shrink(m.size);
+    const Grid mine = this->grid_for(m.size);
     this->prepare(m);
     if (this->dropped != nullptr) m.wait();
     prepare_backward(m, mine);
@@ -571,7 +441,7 @@ class LstmBackwardCpu : LstmCommon<T> {
     const int64_t chunks = ceil_div(seq.steps, chunk);
     for (int64_t i = chunks - 1; i >= 0; --i) {
       const Chunk part(g, i * chunk, minimum((i + 1) * chunk, seq.steps));
-      gather_rows(m, part);
+      if (p.needs_weights) this->gather_rows(m, part, in.h0, h_source(), x_rows, x_masked, h_rows);
       if (place.works) {
         for (int64_t s = part.end - 1; s >= part.begin; --s) step(place, part, s);
       }
@@ -584,25 +454,9 @@ class LstmBackwardCpu : LstmCommon<T> {
 
   void prepare_backward(const Member& m, Grid used) {
     // Panels follow the runs of vectors that lanes own.
-    for (int lane = 0; lane < used.lanes; ++lane) {
-      Panels<T>::for_panels(split(this->s_vectors, used.lanes, lane), [&](int64_t v, int width) {
-        if ((v / kPanelVectors) % m.size != m.rank) return;
-        pack_rows<T>(width * L, S - v * L, G, [&](int64_t k) { return this->recurrent_weights() + k * S; }, v * L, w_hh.panel(v));
-      });
-      if (in.projected()) {
-        Panels<T>::for_panels(split(this->h_vectors, used.lanes, lane), [&](int64_t v, int width) {
-          if ((v / kPanelVectors) % m.size != m.rank) return;
-          pack_rows<T>(width * L, H - v * L, S, [&](int64_t k) { return in.w_hr + k * H; }, v * L, w_hr.panel(v));
-        });
-      }
-    }
-    if (w_ih.data != nullptr) {
-      Panels<T>::for_panels({0, w_ih.vectors()}, [&](int64_t v, int width) {
-        if ((v / kPanelVectors) % m.size != m.rank) return;
-        pack_rows<T>(width * L, seq.input - v * L, G, [&](int64_t k) { return in.w_ih + k * seq.input; }, v * L,
-                     w_ih.panel(v));
-      });
-    }
+    Base::pack_runs(m, used.lanes, w_hh, [&](int64_t k) { return this->recurrent_weights() + k * S; });
+    if (in.projected()) Base::pack_runs(m, used.lanes, w_hr, [&](int64_t k) { return in.w_hr + k * H; });
+    if (p.needs_x) Base::pack_runs(m, 1, w_ih, [&](int64_t k) { return in.w_ih + k * seq.input; });
     const Range rows = m.share(seq.batch);
     for (int64_t b = rows.begin; b < rows.end; ++b) {
       for (int64_t j = 0; j < ld_s; ++j) {
@@ -615,23 +469,6 @@ class LstmBackwardCpu : LstmCommon<T> {
   }
 
   const T* h_source() const { return p.reserve.hidden != nullptr ? p.reserve.hidden : p.y; }
-
-  // Row pointers for the chunk's weight gradients: x, and the h that entered each step (null: zeros).
-  void gather_rows(const Member& m, const Chunk& part) {
-    if (!p.needs_weights) return;
-    this->gather_input(m, part, x_rows, x_masked);
-    const Range mine = m.share(part.rows);
-    for_chunk_rows(g, part, [&](int64_t i, int64_t t, int64_t b) {
-      if (i < mine.begin || i >= mine.end) return;
-      if (g.is_reset(t, b)) {
-        h_rows[i] = nullptr;
-      } else if (g.is_first(t, b)) {
-        h_rows[i] = in.h0 + b * S;
-      } else {
-        h_rows[i] = h_source() + (g.first_row(g.previous(t)) + b) * S;
-      }
-    });
-  }
 
   void step(const Place& place, const Chunk& part, int64_t s) {
     const int64_t t = g.time(s);
@@ -685,22 +522,7 @@ class LstmBackwardCpu : LstmCommon<T> {
     });
   }
 
-  // The gradient of h~ at a vector of h; what zoneout passes straight to h_{t-1} is left in dh.
-  V enter_h(int64_t t, int64_t b, int64_t v) {
-    const int64_t at = b * ld_s + v * L, n = S - v * L;
-    V grad = load(dh + at);
-    if (p.grad_y != nullptr) {
-      const V of_y = load_upto(p.grad_y + (g.first_row(t) + b) * S + v * L, n);
-      grad += output_mask != nullptr ? of_y * load(output_mask + at) : of_y;
-    }
-    if (keep_h == nullptr) {
-      store(dh + at, V{});
-      return grad;
-    }
-    const V keep = keep_first<T>(load(keep_h + at), n);
-    store(dh + at, keep * grad);
-    return (1 - keep) * grad;
-  }
+  V enter_h(int64_t t, int64_t b, int64_t v) { return Base::enter_h(p.grad_y, dh, t, b, v); }
 
   V grad_of_raw_h(int64_t t, int64_t b, int64_t v) {
     return in.projected() ? load(from_proj + b * ld_h + v * L) : enter_h(t, b, v);
@@ -863,18 +685,7 @@ class LstmBackwardCpu : LstmCommon<T> {
                            add, b_panels, tiles);
       }
     }
-    if (p.needs_x) {
-      multiply_chunk(m, part.rows, grad_gates, G, w_ih,
-                     [&](int64_t i) { return p.grad_x + (part.first_row + i) * seq.input; });
-      if (this->input_mask != nullptr) {
-        const Range mine = m.share(part.rows);
-        for_chunk_rows(g, part, [&](int64_t i, int64_t, int64_t b) {
-          if (i < mine.begin || i >= mine.end) return;
-          T* row = p.grad_x + (part.first_row + i) * seq.input;
-          for (int64_t k = 0; k < seq.input; ++k) row[k] *= this->input_mask[b * seq.input + k];
-        });
-      }
-    }
+    if (p.needs_x) this->input_gradient(m, part, grad_gates, G, w_ih, p.grad_x);
   }
 
   // Gradients that are sums over rows. Members own columns, so the order of a sum does not depend on their number.
@@ -945,20 +756,11 @@ class LstmBackwardCpu : LstmCommon<T> {
       for (int64_t j = 0; j < H; ++j) p.grad_c0[b * H + j] = dc[b * ld_h + j];
     }
     if (!p.needs_weights) return;
-    const Range gates = m.share(G);
-    if (this->dropped != nullptr && !nothing) {
-      const Regularizers& r = in.reg;
-      T scale[256];
-      for (int64_t i = gates.begin * S; i < gates.end * S; i += 256) {
-        const int64_t n = minimum(256, gates.end * S - i);
-        dropout_scale<T>(r, kStreamWeight, r.weight_drop, static_cast<uint64_t>(i), n, scale);
-        for (int64_t j = 0; j < n; ++j) p.grad_w_hh[i + j] *= scale[j];
-      }
+    if (!nothing) {
+      this->mask_weight_gradient(m.share(G), p.grad_w_hh);
+      return;
     }
-    if (!nothing || m.rank != 0) return;
-    const auto clear = [](T* at, int64_t count) {
-      for (int64_t i = 0; at != nullptr && i < count; ++i) at[i] = 0;
-    };
+    if (m.rank != 0) return;
     clear(p.grad_w_ih, G * seq.input);
     clear(p.grad_w_hh, G * S);
     clear(p.grad_bias, G);
@@ -969,20 +771,6 @@ class LstmBackwardCpu : LstmCommon<T> {
     clear(p.grad_ln_c_bias, H);
   }
 };
-
-template <class Run, class Arguments>
-KernelOf<Arguments> kernel_of() {
-  return {[](const Arguments& arguments, int threads) {
-            Arena arena{nullptr};
-            Run run(arguments, arena, threads);
-            return arena.used;
-          },
-          [](const Arguments& arguments, char* workspace, const Executor& executor) {
-            Arena arena{workspace};
-            Run run(arguments, arena, executor.threads);
-            run.run(executor, executor.threads);
-          }};
-}
 
 }  // namespace
 

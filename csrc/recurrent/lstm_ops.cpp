@@ -128,14 +128,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const OptionalTensor of_y = grad_y.has_value() ? OptionalTensor(in.rows("grad_y", *grad_y, S)) : std::nullopt;
   const OptionalTensor of_h = prepared("grad_h_n", grad_h_n, {B, S}, in.dtype, type);
   const OptionalTensor of_c = prepared("grad_c_n", grad_c_n, {B, H}, in.dtype, type);
-  const auto saved = [&](const char* name, const Tensor& t, bool wanted, int64_t features) {
-    STD_TORCH_CHECK(!wanted || (t.dim() == 2 && t.size(0) == N && t.size(1) == features), name, " must have shape ",
-                    shape_of({N, features}), " (was the forward pass run with save=True?), got ", shape_of(t));
-    return wanted ? prepared(name, t, {N, features}, type, type) : absent(type);
-  };
-  const Reserve reserve{saved("hidden", hidden, in.reg.masks_output(), S), saved("cells", cells, true, H),
-                        saved("gates", gates, true, 4 * H), saved("recurrent", recurrent, ln, 4 * H),
-                        saved("stats", stats, ln, 6)};
+  const Reserve reserve{in.reg.masks_output() ? saved("hidden", hidden, N, S, type) : absent(type),
+                        saved("cells", cells, N, H, type), saved("gates", gates, N, 4 * H, type),
+                        ln ? saved("recurrent", recurrent, N, 4 * H, type) : absent(type),
+                        ln ? saved("stats", stats, N, 6, type) : absent(type)};
   const auto wanted = [&](bool condition, std::initializer_list<int64_t> sizes) {
     return condition ? empty(sizes, type) : absent(type);
   };

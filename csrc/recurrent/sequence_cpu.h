@@ -3,7 +3,11 @@
 // gradients), which run over chunks of steps so that their operands stay in cache and no [T, B, 4H] temporary exists.
 #pragma once
 
+#include <cmath>
+#include <new>
+
 #include "common/gemm.h"
+#include "common/kernel.h"
 #include "common/philox.h"
 #include "recurrent/sequence.h"
 
@@ -317,6 +321,242 @@ inline void multiply_chunk(const Member& m, int64_t rows, const T* a, int64_t ld
       put_tile(tile, count, width, to, v * kLanes<T>, b.columns, false);
     });
   });
+}
+
+// ---- what every cell's two passes share ----
+
+// Up to this many rows, the weights are used where they lie: packing would read and write them for a single use.
+inline constexpr int64_t kUnpackedRows = 4;
+
+// Sizes in vectors, the grid, masked weights, locked masks, zoneout's decisions. `Gates` rows of W_hh to a unit.
+template <class T, int Gates>
+struct RecurrentCpu {
+  static constexpr int L = kLanes<T>;
+  using V = Vec<T>;
+
+  const Sequence& seq;
+  const Regularizers& reg;
+  const T* x;
+  const T* weights;  // W_hh
+  Geometry g;
+  int64_t H, S, G;  // units, features of h, Gates * H
+  int64_t h_vectors, s_vectors;
+  int64_t ld_h, ld_s;  // row strides of padded buffers
+  Grid grid;
+  Barrier* barriers;
+  T* dropped = nullptr;      // W_hh with its mask
+  T* input_mask = nullptr;   // [batch, input]
+  T* output_mask = nullptr;  // [batch, ld_s]
+  T* keep_h = nullptr;       // zoneout's weights of the old state in this step, [batch, ld_s] and [batch, ld_h]
+  T* keep_c = nullptr;
+
+  template <class Inputs>
+  RecurrentCpu(const Inputs& in, Arena& arena, int threads, int barriers_per_step)
+      : seq(in.seq), reg(in.reg), x(in.x), weights(in.w_hh), g(in.seq, arena) {
+    H = seq.hidden;
+    S = seq.state;
+    G = Gates * H;
+    h_vectors = ceil_div(H, L);
+    s_vectors = ceil_div(S, L);
+    ld_h = h_vectors * L;
+    ld_s = s_vectors * L;
+    const double row_cost = static_cast<double>(S) * static_cast<double>(h_vectors) * Gates;
+    grid = choose_grid(threads, seq.batch, h_vectors, row_cost, static_cast<double>(G * S) * sizeof(T), barriers_per_step);
+    barriers = arena.take<Barrier>(grid.groups);
+    if (arena.base != nullptr) {
+      for (int i = 0; i < grid.groups; ++i) new (barriers + i) Barrier;
+    }
+    if (reg.drops_weights()) dropped = arena.take<T>(G * S);
+    if (reg.masks_input()) input_mask = arena.take<T>(seq.batch * seq.input);
+    if (reg.masks_output()) output_mask = arena.take<T>(seq.batch * ld_s);
+    if (reg.zoneout_h > 0) keep_h = arena.take<T>(seq.batch * ld_s);
+    if (reg.zoneout_c > 0) keep_c = arena.take<T>(seq.batch * ld_h);
+  }
+
+  const T* recurrent_weights() const { return dropped != nullptr ? dropped : weights; }
+  int64_t unit_count(int64_t vector) const { return H - vector * L; }
+
+  // Fewer threads may come than the grid was made for: rows are divided among them first.
+  Grid grid_for(int size) const {
+    if (size >= grid.groups * grid.lanes) return grid;
+    return size < grid.groups ? Grid{size, 1} : Grid{grid.groups, size / grid.groups};
+  }
+
+  // Element of a panel's column: [Gates][L units] of unit block v; a row of W, or null past the last unit.
+  const T* column(const T* w, int64_t depth, int64_t v, int64_t j) const {
+    const int64_t unit = v * L + j % L;
+    return unit < H ? w + (j / L * H + unit) * depth : nullptr;
+  }
+
+  // The masks and constants of the whole sequence; the caller waits afterwards.
+  void prepare(const Member& m) {
+    const Regularizers& r = reg;
+    if (dropped != nullptr) {
+      const Range mine = m.share(G);
+      for (int64_t i = mine.begin; i < mine.end; ++i) {
+        T* to = dropped + i * S;
+        dropout_scale<T>(r, kStreamWeight, r.weight_drop, static_cast<uint64_t>(i * S), S, to);
+        for (int64_t j = 0; j < S; ++j) to[j] *= weights[i * S + j];
+      }
+    }
+    const Range mine = m.share(seq.batch);
+    for (int64_t b = mine.begin; b < mine.end; ++b) {
+      if (input_mask != nullptr) {
+        dropout_scale<T>(r, kStreamInput, r.input_dropout, static_cast<uint64_t>(b * seq.input), seq.input,
+                         input_mask + b * seq.input);
+      }
+      if (output_mask != nullptr) {
+        dropout_scale<T>(r, kStreamOutput, r.output_dropout, static_cast<uint64_t>(b * S), S, output_mask + b * ld_s);
+        for (int64_t j = S; j < ld_s; ++j) output_mask[b * ld_s + j] = 0;
+      }
+      if (!r.training) {  // zoneout's expectation, the same at every step
+        for (int64_t j = 0; keep_h != nullptr && j < ld_s; ++j) keep_h[b * ld_s + j] = static_cast<T>(r.zoneout_h);
+        for (int64_t j = 0; keep_c != nullptr && j < ld_h; ++j) keep_c[b * ld_h + j] = static_cast<T>(r.zoneout_c);
+      }
+    }
+  }
+
+  // This step's zoneout decisions for the units (vectors) that a lane owns.
+  void draw_zoneout(int64_t t, Range rows, Range h_run, Range s_run) {
+    const Regularizers& r = reg;
+    if (!r.training) return;
+    for (int64_t b = rows.begin; b < rows.end; ++b) {
+      const uint64_t row = static_cast<uint64_t>(t * seq.batch + b);
+      if (keep_h != nullptr) {
+        const int64_t first = s_run.begin * L, end = minimum(s_run.end * L, S);
+        zoneout_weights<T>(r, kStreamZoneoutH, r.zoneout_h, row * static_cast<uint64_t>(S) + static_cast<uint64_t>(first),
+                           end - first, keep_h + b * ld_s + first);
+      }
+      if (keep_c != nullptr) {
+        const int64_t first = h_run.begin * L, end = minimum(h_run.end * L, H);
+        zoneout_weights<T>(r, kStreamZoneoutC, r.zoneout_c, row * static_cast<uint64_t>(H) + static_cast<uint64_t>(first),
+                           end - first, keep_c + b * ld_h + first);
+      }
+    }
+  }
+
+  // x of a chunk's rows after the input mask: pointers, and, masked, the rows themselves.
+  void gather_input(const Member& m, const Chunk& c, const T** rows, T* masked) const {
+    const Range mine = m.share(c.rows);
+    for_chunk_rows(g, c, [&](int64_t i, int64_t t, int64_t b) {
+      if (i < mine.begin || i >= mine.end) return;
+      rows[i] = g.x_row(x, t, b);
+      if (input_mask != nullptr) {
+        T* to = masked + i * seq.input;
+        for (int64_t k = 0; k < seq.input; ++k) to[k] = rows[i][k] * input_mask[b * seq.input + k];
+        rows[i] = to;
+      }
+    });
+  }
+
+  // The state that enters the first step, in both buffers (a packed row of a reversed sequence enters late).
+  template <class Inputs>
+  void enter_state(const Inputs& in, int64_t b, T* h_even, T* h_odd) const {
+    const bool reset = seq.steps > 0 && g.is_reset(g.time(0), b);
+    for (int64_t j = 0; j < ld_s; ++j) {
+      h_even[b * ld_s + j] = h_odd[b * ld_s + j] = j < S && !reset ? in.h0[b * S + j] : T{0};
+    }
+  }
+
+  // h_t from h~: zoneout, the reserve, the output and its mask, the final state, the next step's state.
+  template <class Arguments>
+  void finish_h(const Arguments& p, T* hidden, const T* h_old, T* h_next, int64_t s, int64_t t, int64_t b, int64_t v,
+                V h_new) const {
+    const int64_t at = b * ld_s + v * L, n = S - v * L, row = g.first_row(t) + b;
+    if (keep_h != nullptr) h_new = zoneout<T>(keep_first<T>(load(keep_h + at), n), load(h_old + at), h_new);
+    if (hidden != nullptr) store_upto(hidden + row * S + v * L, h_new, n);
+    store_upto(p.y + row * S + v * L, output_mask != nullptr ? h_new * load(output_mask + at) : h_new, n);
+    if (g.is_last(t, b)) store_upto(p.h_n + b * S + v * L, h_new, n);
+    store(h_next + at, g.resets_after(s, b) ? V{} : h_new);
+  }
+
+  // Backward: the gradient of h~ at a vector of h; what zoneout passes straight to h_{t-1} is left in dh.
+  V enter_h(const T* grad_y, T* dh, int64_t t, int64_t b, int64_t v) const {
+    const int64_t at = b * ld_s + v * L, n = S - v * L;
+    V grad = load(dh + at);
+    if (grad_y != nullptr) {
+      const V of_y = load_upto(grad_y + (g.first_row(t) + b) * S + v * L, n);
+      grad += output_mask != nullptr ? of_y * load(output_mask + at) : of_y;
+    }
+    if (keep_h == nullptr) {
+      store(dh + at, V{});
+      return grad;
+    }
+    const V keep = keep_first<T>(load(keep_h + at), n);
+    store(dh + at, keep * grad);
+    return (1 - keep) * grad;
+  }
+
+  // The h that entered step t at row b; null: zeros.
+  const T* previous_h(const T* h0, const T* h_all, int64_t t, int64_t b) const {
+    if (g.is_reset(t, b)) return nullptr;
+    if (g.is_first(t, b)) return h0 + b * S;
+    return h_all + (g.first_row(g.previous(t)) + b) * S;
+  }
+
+  // Row pointers for a chunk's weight gradients: x after its mask, and the h that entered each step.
+  void gather_rows(const Member& m, const Chunk& c, const T* h0, const T* h_all, const T** x_rows, T* x_masked,
+                   const T** h_rows) const {
+    gather_input(m, c, x_rows, x_masked);
+    const Range mine = m.share(c.rows);
+    for_chunk_rows(g, c, [&](int64_t i, int64_t t, int64_t b) {
+      if (i >= mine.begin && i < mine.end) h_rows[i] = previous_h(h0, h_all, t, b);
+    });
+  }
+
+  // W_hh's gradient, once complete, is that of the dropped weights: the mask takes it to the weights given.
+  void mask_weight_gradient(Range gate_rows, T* grad) const {
+    if (dropped == nullptr) return;
+    T scale[256];
+    for (int64_t i = gate_rows.begin * S; i < gate_rows.end * S; i += 256) {
+      const int64_t n = minimum(256, gate_rows.end * S - i);
+      dropout_scale<T>(reg, kStreamWeight, reg.weight_drop, static_cast<uint64_t>(i), n, scale);
+      for (int64_t j = 0; j < n; ++j) grad[i + j] *= scale[j];
+    }
+  }
+
+  // Packs this member's share of a matrix with contiguous rows source(k), cut into panels within each lane's run.
+  template <class Source>
+  static void pack_runs(const Member& m, int lanes, const Panels<T>& to, Source source) {
+    for (int lane = 0; lane < lanes; ++lane) {
+      Panels<T>::for_panels(split(to.vectors(), lanes, lane), [&](int64_t v, int width) {
+        if ((v / kPanelVectors) % m.size != m.rank) return;
+        pack_rows<T>(width * L, to.columns - v * L, to.depth, source, v * L, to.panel(v));
+      });
+    }
+  }
+
+  // x's gradient from that of W_ih x, for a chunk.
+  void input_gradient(const Member& m, const Chunk& c, const T* grad_gates, int64_t ld, const Panels<T>& w_ih,
+                      T* grad_x) const {
+    multiply_chunk(m, c.rows, grad_gates, ld, w_ih, [&](int64_t i) { return grad_x + (c.first_row + i) * seq.input; });
+    if (input_mask == nullptr) return;
+    const Range mine = m.share(c.rows);
+    for_chunk_rows(g, c, [&](int64_t i, int64_t, int64_t b) {
+      if (i < mine.begin || i >= mine.end) return;
+      T* row = grad_x + (c.first_row + i) * seq.input;
+      for (int64_t k = 0; k < seq.input; ++k) row[k] *= input_mask[b * seq.input + k];
+    });
+  }
+};
+
+template <class T>
+inline void clear(T* at, int64_t count) {
+  for (int64_t i = 0; at != nullptr && i < count; ++i) at[i] = 0;
+}
+
+template <class Run, class Arguments>
+KernelOf<Arguments> kernel_of() {
+  return {[](const Arguments& arguments, int threads) {
+            Arena arena{nullptr};
+            Run run(arguments, arena, threads);
+            return arena.used;
+          },
+          [](const Arguments& arguments, char* workspace, const Executor& executor) {
+            Arena arena{workspace};
+            Run run(arguments, arena, executor.threads);
+            run.run(executor, executor.threads);
+          }};
 }
 
 }

@@ -101,4 +101,11 @@ inline Regularizers make_regularizers(double zoneout_h, double zoneout_c, double
 // A result that may be absent: [0], as schemas have no optional results.
 inline Tensor absent(ScalarType type) { return empty({0}, type); }
 
+// Part of a forward pass's reserve, as backward gets it back.
+inline Tensor saved(const char* name, const Tensor& t, int64_t rows, int64_t features, ScalarType type) {
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == features, name, " must have shape ",
+                  shape_of({rows, features}), " (was the forward pass run with save=True?), got ", shape_of(t));
+  return prepared(name, t, {rows, features}, type, type);
+}
+
 }  // namespace genfuse

@@ -12,6 +12,7 @@ op of torch itself), "reference" (plain PyTorch, any device).
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -40,8 +41,20 @@ BACKENDS = ("native", "cudnn", "triton", "cuda", "torch", "reference")
 Arguments = Mapping[str, Any]
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-# The forced backend's name, or None. Read by the ops on every call.
-override: ContextVar[str | None] = ContextVar("genfuse_backend", default=None)
+_forced: ContextVar[str | None] = ContextVar("genfuse_backend", default=None)
+# All names in force in any thread, innermost last. Empty nearly always, which makes `forced` cheap; and torch.compile, which
+# cannot trace a ContextVar, reads and guards this.
+_in_force: tuple[str, ...] = ()
+_lock = threading.Lock()
+
+
+def forced() -> str | None:
+    """The backend that `use_backend` forces here, None if none."""
+    if not _in_force:
+        return None
+    if torch.compiler.is_compiling():
+        return _in_force[-1]
+    return _forced.get()
 
 
 def _no_objection(arguments: Arguments) -> str | None:
@@ -155,10 +168,10 @@ def select(op: str, arguments: Arguments) -> str:
     Raises:
         RuntimeError: the forced backend cannot run this call; says why.
     """
-    forced = override.get()
-    if forced is not None:
-        can_run(op, forced, arguments, raise_error=True)
-        return forced
+    name = forced()
+    if name is not None:
+        can_run(op, name, arguments, raise_error=True)
+        return name
     for kernel in _KERNELS[op]:
         if kernel.proven and _objection(kernel, arguments) is None:
             return kernel.backend
@@ -184,11 +197,17 @@ def use_backend(name: str) -> Iterator[None]:
     """
     if name not in BACKENDS:
         raise ValueError(f"use_backend: name must be one of {', '.join(BACKENDS)}, got {name!r}")
-    token = override.set(name)
+    global _in_force
+    token = _forced.set(name)
+    with _lock:
+        _in_force = (*_in_force, name)
     try:
         yield
     finally:
-        override.reset(token)
+        with _lock:
+            last = len(_in_force) - 1 - _in_force[::-1].index(name)
+            _in_force = _in_force[:last] + _in_force[last + 1 :]
+        _forced.reset(token)
 
 
 @dataclass(frozen=True)
@@ -248,23 +267,23 @@ def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Explanat
     bound = inspect.signature(entry.function).bind(*args, **kwargs)
     bound.apply_defaults()
     arguments = bound.arguments
-    forced = override.get()
+    name = forced()
     candidates: list[Candidate] = []
     taken = False
     for kernel in _KERNELS[entry.name]:
         reason = _objection(kernel, arguments)
         if reason is not None:
             candidates.append(Candidate(kernel.backend, False, f"cannot: {reason}"))
-        elif forced is not None and kernel.backend != forced:
-            candidates.append(Candidate(kernel.backend, False, f"use_backend({forced!r}) is in force"))
-        elif forced is None and not kernel.proven:
+        elif name is not None and kernel.backend != name:
+            candidates.append(Candidate(kernel.backend, False, f"use_backend({name!r}) is in force"))
+        elif name is None and not kernel.proven:
             why = f"unproven: not taken unless asked for, by use_backend({kernel.backend!r})"
             candidates.append(Candidate(kernel.backend, False, why))
         elif taken:
             candidates.append(Candidate(kernel.backend, False, "can, but comes later"))
         else:
             taken = True
-            why = f"use_backend({forced!r}) is in force" if forced is not None else "the first that can run"
+            why = f"use_backend({name!r}) is in force" if name is not None else "the first that can run"
             candidates.append(Candidate(kernel.backend, True, why))
     tensor = arguments[entry.subject]
     return Explanation(entry.name, f"{tensor.device}, {_name(tensor.dtype)}", tuple(candidates))

@@ -196,9 +196,7 @@ class LSTMLanguageModel(torch.nn.Module):
     def loss_parts(self, tokens: Tensor, targets: Tensor, state: State | None = None) -> tuple[Tensor, Tensor, State]:
         """`loss` in two parts: ``(cross entropy [], AR + TAR [], state)``; their sum is the loss."""
         raw, hidden, state = self._hidden(tokens, state)
-        nll = ops.linear_cross_entropy(
-            hidden.flatten(0, 1), self.head.weight, targets.t().reshape(-1), self.head.bias
-        )
+        nll = ops.linear_cross_entropy(hidden.flatten(0, 1), self.head.weight, targets.t().reshape(-1), self.head.bias)
         penalty = torch.zeros_like(nll)
         if self.training and self.activation_regularization > 0.0:
             penalty = penalty + self.activation_regularization * hidden.square().mean()

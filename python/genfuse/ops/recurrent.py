@@ -37,10 +37,11 @@ _Tensors = tuple[Tensor, ...]
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
 _VF: Any = torch._VF  # type: ignore[attr-defined]
 _functorch_top = torch._C._functorch.peek_interpreter_stack
+_Transform = torch._C._functorch.TransformType
 _any_requires_grad: Callable[..., bool] = torch._C._any_requires_grad  # type: ignore[attr-defined]
 _any_autocast = torch._C._is_any_autocast_enabled
 _is_compiling = torch.compiler.is_compiling
-_forced_backend = backends.override.get
+_forced_backend = backends.forced
 
 
 # ---- what differs between the layers ---------------------------------------------------------------------------------
@@ -64,6 +65,7 @@ class _Layer:
     reference: Callable[..., _Tensors]
     op: Any = None  # the registered operators; None where the native library is absent
     op_backward: Any = None
+    on_cpu: bool = False  # whether they have a CPU kernel
 
     @property
     def weights(self) -> range:
@@ -229,9 +231,13 @@ def _wants_reference() -> bool:
         return True
     if _functorch_top() is None:
         return False
-    kinds = [interpreter.key() for interpreter in torch._C._functorch.get_interpreter_stack() or []]
-    transform = torch._C._functorch.TransformType
-    return transform.Jvp in kinds or kinds.count(transform.Grad) > 1
+    kinds = _transforms()
+    return _Transform.Jvp in kinds or kinds.count(_Transform.Grad) > 1
+
+
+def _transforms() -> list[Any]:
+    """The function transforms that are active, outermost first."""
+    return [interpreter.key() for interpreter in torch._C._functorch.get_interpreter_stack() or []]
 
 
 def _run(layer: _Layer, arguments: tuple[Any, ...]) -> _Tensors:
@@ -242,6 +248,8 @@ def _run(layer: _Layer, arguments: tuple[Any, ...]) -> _Tensors:
         return cast(_Tensors, layer.op(*arguments, save)[:results])
     save = torch.is_grad_enabled() and _any_requires_grad(*arguments)
     if _functorch_top() is not None:
+        if _Transform.Grad in _transforms():
+            return cast(_Tensors, _Transformed.apply(*arguments, layer)[:results])
         return cast(_Tensors, layer.op(*arguments, save)[:results])
     if save:
         return cast(_Tensors, _Forward.apply(*arguments, layer))
@@ -265,6 +273,27 @@ class _Forward(torch.autograd.Function):
         return (*_backward(ctx, grads), None)
 
 
+class _Transformed(torch.autograd.Function):
+    """The operator with its gradient under `torch.func.grad`, which does not take the registered rule."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments: Any) -> _Tensors:
+        *inputs, layer = arguments
+        return cast(_Tensors, layer.op(*inputs, True))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Tensors) -> None:
+        layer = inputs[-1]
+        ctx.mark_non_differentiable(*output[1 + layer.states :])
+        _save_for_backward(ctx, layer, inputs, output, True)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (*_backward(ctx, grads), None)
+
+
 class _Backward(torch.autograd.Function):
     """The operator's gradient with the gradient's gradient."""
 
@@ -275,6 +304,25 @@ class _Backward(torch.autograd.Function):
             outputs = layer.op_backward(*inputs)
         _save_for_second(ctx, layer, inputs)
         return cast(_Tensors, outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (*_second(ctx, cotangents), None)
+
+
+class _TransformedBackward(torch.autograd.Function):
+    """The same under `torch.func.grad`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments: Any) -> _Tensors:
+        *inputs, layer = arguments
+        return cast(_Tensors, layer.op_backward(*inputs))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Tensors) -> None:
+        _save_for_second(ctx, inputs[-1], inputs[:-1])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -303,8 +351,10 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, 
     needs = ctx.needs_input_grad[: layer.differentiable]
     needs_weights = any(needs[index] for index in layer.weights)
     arguments = (*grads, *tensors, y, *reserves, *ctx.options, needs[0], needs_weights)
-    if _is_compiling() or _functorch_top() is not None:
+    if _is_compiling():
         outputs = layer.op_backward(*arguments)
+    elif _functorch_top() is not None:
+        outputs = _TransformedBackward.apply(*arguments, layer)
     elif torch.is_grad_enabled():
         outputs = _Backward.apply(*arguments, layer)
     else:
@@ -551,7 +601,7 @@ def lstm(
         *(ln_ih_weight, ln_hh_weight, ln_c_weight, ln_c_bias, batch_sizes, resets, rng),
         *(zoneout_h, zoneout_c, weight_drop, input_dropout, output_dropout, eps, training, reverse),
     )
-    if not (_LSTM.op is not None and x.is_cpu and _forced_backend() is None):
+    if not (_LSTM.on_cpu and x.is_cpu and _forced_backend() is None):
         backend = backends.select("lstm", dict(zip(_LSTM.arguments, arguments, strict=True)))
         if backend == "cudnn":
             return _vendor_lstm(x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, reverse)
@@ -765,7 +815,7 @@ def gru(
         *(x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, resets, rng),
         *(zoneout_h, weight_drop, input_dropout, output_dropout, training, reverse),
     )
-    if not (_GRU.op is not None and x.is_cpu and _forced_backend() is None):
+    if not (_GRU.on_cpu and x.is_cpu and _forced_backend() is None):
         backend = backends.select("gru", dict(zip(_GRU.arguments, arguments, strict=True)))
         if backend == "cudnn":
             return _vendor_gru(x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, reverse)
@@ -1514,6 +1564,12 @@ def _cuda_kernel(layer: _Layer, name: str, tensors_from: int) -> Callable[..., A
     return kernel
 
 
+def _has_cpu_kernel(name: str) -> bool:
+    qualified = f"genfuse::{name}"
+    return hasattr(torch.ops.genfuse, name) and torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CPU")
+
+
+_cpu_kernels: set[str] = set()
 _library: torch.library.Library | None = None  # its registrations live as long as it does
 
 
@@ -1525,6 +1581,9 @@ def _register() -> None:
         name, backward = f"genfuse::{layer.name}", f"genfuse::{layer.name}_backward"
         layer.op = getattr(torch.ops.genfuse, layer.name).default
         layer.op_backward = getattr(torch.ops.genfuse, f"{layer.name}_backward").default
+        layer.on_cpu = _has_cpu_kernel(layer.name) and _has_cpu_kernel(f"{layer.name}_backward")
+        if layer.on_cpu:
+            _cpu_kernels.add(layer.name)
         torch.library.register_fake(name, fake, lib=_library)
         torch.library.register_fake(backward, _fake_backward_of(layer), lib=_library)
         torch.library.register_autograd(
@@ -1541,6 +1600,8 @@ def _register() -> None:
         _library.impl(layer.name, _cuda_kernel(layer, layer.name, 0), "CUDA")
         _library.impl(f"{layer.name}_backward", _cuda_kernel(layer, f"{layer.name}_backward", 1 + layer.states), "CUDA")
     for name, generate in (("lstm_generate", _fake_lstm_generate), ("gru_generate", _fake_gru_generate)):
+        if _has_cpu_kernel(name):
+            _cpu_kernels.add(name)
         torch.library.register_fake(f"genfuse::{name}", generate, lib=_library)
         torch.library.register_vmap(f"genfuse::{name}", _no_vmap(f"genfuse.ops.{name}"), lib=_library)
 
@@ -1552,8 +1613,11 @@ def _fake_backward_of(layer: _Layer) -> Callable[..., _Tensors]:
 # ---- backends --------------------------------------------------------------------------------------------------------
 
 
-def _native_objection(arguments: backends.Arguments) -> str | None:
-    return None if _LSTM.op is not None else _native.error() or "the native library has no such operator"
+def _native_objection(name: str) -> Callable[[backends.Arguments], str | None]:
+    def objection(arguments: backends.Arguments) -> str | None:
+        return None if name in _cpu_kernels else _native.error() or "the native library has no such operator"
+
+    return objection
 
 
 def _vendor_objection(arguments: backends.Arguments) -> str | None:
@@ -1596,10 +1660,13 @@ def _cuda_objection(arguments: backends.Arguments) -> str | None:
     return _native.cuda_error()
 
 
-def _generate_objection(arguments: backends.Arguments) -> str | None:
-    if arguments["zoneout_h"] or arguments.get("zoneout_c"):
-        return "the native decoding loop has no zoneout"
-    return _native_objection(arguments)
+def _generate_objection(name: str) -> Callable[[backends.Arguments], str | None]:
+    def objection(arguments: backends.Arguments) -> str | None:
+        if arguments["zoneout_h"] or arguments.get("zoneout_c"):
+            return "the native decoding loop has no zoneout"
+        return _native_objection(name)(arguments)
+
+    return objection
 
 
 def _enter_backends() -> None:
@@ -1608,7 +1675,7 @@ def _enter_backends() -> None:
     for layer, function in ((_LSTM, lstm), (_GRU, gru)):
         backends.register_op(layer.name, function, "x")
         for kernel in (
-            entries(layer.name, "native", ("cpu",), _NATIVE_DTYPES, objection=_native_objection),
+            entries(layer.name, "native", ("cpu",), wide, objection=_native_objection(layer.name)),
             entries(
                 layer.name, "cudnn", ("cuda",), wide, objection=_vendor_objection, note="plain layers, no 2nd order"
             ),
@@ -1620,7 +1687,7 @@ def _enter_backends() -> None:
     for name, generate in (("lstm_generate", lstm_generate), ("gru_generate", gru_generate)):
         backends.register_op(name, generate, "embedding")
         backends.register(
-            entries(name, "native", ("cpu",), wide, objection=_generate_objection, note="computes in float32")
+            entries(name, "native", ("cpu",), wide, objection=_generate_objection(name), note="computes in float32")
         )
         backends.register(entries(name, "reference", (), wide, note="computes in float32"))
     backends.register_op("linear_cross_entropy", linear_cross_entropy, "hidden")
@@ -1628,8 +1695,6 @@ def _enter_backends() -> None:
     backends.register(entries("linear_cross_entropy", "reference", (), wide, note="all logits at once"))
 
 
-_NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
 _enter_backends()
-if _native.load() and hasattr(torch.ops.genfuse, "lstm"):
+if _native.load():
     _register()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .language_model import LSTMLanguageModel
 from .recurrent import gru, gru_generate, linear_cross_entropy, lstm, lstm_generate, sample_token
 
-__all__ = ["gru", "gru_generate", "linear_cross_entropy", "lstm", "lstm_generate", "sample_token"]
+__all__ = ["LSTMLanguageModel", "gru", "gru_generate", "linear_cross_entropy", "lstm", "lstm_generate", "sample_token"]

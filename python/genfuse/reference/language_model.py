@@ -65,6 +65,8 @@ class LSTMLanguageModel(torch.nn.Module):
                 for name, size in zip(_LAYER_NORM, (4 * outputs, 4 * outputs, outputs, outputs), strict=True):
                     start = torch.zeros(size) if name.startswith("bias") else torch.ones(size)
                     rnn.register_parameter(name, torch.nn.Parameter(start))
+                torch.nn.init.zeros_(rnn.bias_ih_l0)
+                torch.nn.init.zeros_(rnn.bias_hh_l0)
             if forget_bias is not None:
                 with torch.no_grad():
                     rnn.bias_ih_l0[outputs : 2 * outputs] = forget_bias

@@ -178,7 +178,9 @@ class Recorder(Checkpoint):
             self.best = (step, nats)
             state = trainer.strategy.lightning_module_state_dict()  # every process takes part: FSDP gathers here
             if trainer.is_global_zero:
-                model = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
+                model = {
+                    name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")
+                }
                 metadata = {"step": str(step), "held_out_bits_per_char": f"{nats * self.bits:.6f}"}
                 save_weights(self.folder, model, self.config, metadata)
         recent = [value for _, value in self.train[-5:]]

@@ -57,7 +57,9 @@ class WindowStream(IterableDataset[Tensor]):
         int64 ``[batch_size / world, context + 1]``.
     """
 
-    def __init__(self, tokens: Tokens, order: WindowOrder, rank: int, world: int, first_step: Callable[[], int]) -> None:
+    def __init__(
+        self, tokens: Tokens, order: WindowOrder, rank: int, world: int, first_step: Callable[[], int]
+    ) -> None:
         self._tokens, self._order, self._first_step = tokens, order, first_step
         share = order.batch_size // world
         self._rows = slice(rank * share, (rank + 1) * share)

@@ -103,7 +103,9 @@ def train_language_model(
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if devices == "auto":
         devices = str(local)
-        nodes = max(nodes, int(os.environ.get("WORLD_SIZE", 1)) // local) if "TORCHELASTIC_RUN_ID" in os.environ else nodes
+        nodes = (
+            max(nodes, int(os.environ.get("WORLD_SIZE", 1)) // local) if "TORCHELASTIC_RUN_ID" in os.environ else nodes
+        )
     first = _process_rank() == 0
     say = say if first else _silent
     folder = choose_folder("lstm", out, resume, processes=devices != "1" or nodes > 1)
@@ -113,7 +115,9 @@ def train_language_model(
     source = load_text(settings.data)
     saved = read_config(folder) if resume else None
     if saved is not None and saved["run"]["fingerprint"] != source.fingerprint:
-        raise UserError(f"{source.name} has changed since the run in {folder} began, which cannot go on with other text.")
+        raise UserError(
+            f"{source.name} has changed since the run in {folder} began, which cannot go on with other text."
+        )
     data = TextData(source, settings.level, held_out=settings.held_out, context=settings.context)  # type: ignore[arg-type]
     arguments = settings.model_arguments(data.vocabulary.size)
     run = {"settings": settings.to_json(), "data": source.name, "fingerprint": source.fingerprint}
@@ -312,7 +316,9 @@ def _finish(
     write_text(report, json.dumps(metrics, indent=2) + "\n")
     say("")
     say(f"best model at step {best[0]}, on held-out text:")
-    say(f"  {metrics['held_out_bits_per_char']:.4f} bits/char, perplexity {metrics['held_out_perplexity']:.3f} per character")
+    say(
+        f"  {metrics['held_out_bits_per_char']:.4f} bits/char, perplexity {metrics['held_out_perplexity']:.3f} per character"
+    )
     say(f"  BLEU-4 of samples {metrics['bleu']:.4f}")
     say(f"  {_duration(seconds)} of training, {metrics['tokens_per_second']:,} tokens/s")
     say("")

@@ -86,6 +86,17 @@ def gru_loop(
     return torch.stack(ys), h
 
 
+def layer_norm_lstm_steps(
+    xw: Tensor, h: Tensor, c: Tensor, old_h: Tensor, old_c: Tensor, *weights: Tensor, step: Step = layer_norm_lstm_step
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Steps in a row: xw [S, B, 4H], old_h and old_c [S, B, H] -> (outputs [S, B, H], h, c)."""
+    ys = []
+    for gates, keep_h, keep_c in zip(xw.unbind(0), old_h.unbind(0), old_c.unbind(0), strict=True):
+        h, c = step(gates, h, c, keep_h, keep_c, *weights)
+        ys.append(h)
+    return torch.stack(ys), h, c
+
+
 def layer_norm_lstm_loop(
     x: Tensor,
     h: Tensor,
@@ -101,14 +112,16 @@ def layer_norm_lstm_loop(
     ln_c_weight: Tensor,
     ln_c_bias: Tensor,
     *,
-    step: Step = layer_norm_lstm_step,
+    chunk: int | None = None,
+    steps: Step = layer_norm_lstm_steps,
 ) -> Tensor:
-    ys = []
+    """`steps` is called for `chunk` steps at a time (default: all), so that it can be a compiled function."""
     gates = F.layer_norm(F.linear(x, w_ih), b_ih.shape, ln_ih, b_ih)
-    for xw, keep_h, keep_c in zip(gates.unbind(0), old_h.unbind(0), old_c.unbind(0), strict=True):
-        h, c = step(xw, h, c, keep_h, keep_c, w_hh, b_hh, ln_hh, ln_c_weight, ln_c_bias)
-        ys.append(h)
-    return torch.stack(ys)
+    ys, n = [], chunk or x.shape[0]
+    for xw, keep_h, keep_c in zip(gates.split(n), old_h.split(n), old_c.split(n), strict=True):
+        y, h, c = steps(xw, h, c, keep_h, keep_c, w_hh, b_hh, ln_hh, ln_c_weight, ln_c_bias)
+        ys.append(y)
+    return torch.cat(ys)
 
 
 # ----------------------------------------------------------------------------------------------------------- generation

@@ -273,9 +273,10 @@ def memory_of(case: Case, contestant: str, setting: Setting) -> dict[str, int]:
     return {"peak": peak, "kept": 0 if contestant.startswith("torch.compile") else kept}
 
 
-def measure_memory(family: str, case: Case, record: Record, setting: Setting) -> None:
+def measure_memory(family: str, case: Case, record: Record, setting: Setting) -> bool:
+    """Whether there was anything to measure."""
     if not case.memory or not Path("/proc/self/clear_refs").exists():
-        return
+        return False
     # glibc raises its mmap threshold whenever a block is freed, and would keep what it frees: fix it.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
     for name, entry in record["contestants"].items():
@@ -287,6 +288,7 @@ def measure_memory(family: str, case: Case, record: Record, setting: Setting) ->
             print(f"memory of {name} in {case.name} was not measured:\n{done.stderr}", file=sys.stderr)
         else:
             entry["memory"] = json.loads(done.stdout.splitlines()[-1])
+    return True
 
 
 # ----------------------------------------------------------------------------------------------------------- comparison
@@ -327,10 +329,14 @@ def show_spread(entry: Record) -> str:
     return f"{show_time(entry['seconds'])} ±{50 * (high - low) / entry['seconds']:.0f} %"
 
 
+def show_ratio(value: float) -> str:
+    return f"{value:.{max(0, min(2, 2 - math.floor(math.log10(value))))}f}" if value >= 0.1 else f"{value:.2g}"
+
+
 def show_speedup(entry: Record) -> str:
-    low, high = entry["speedup_quartiles"]
-    text = f"{entry['speedup']:.2f}x"
-    return f"{text if entry['speedup'] >= 1 else f'**{text}**'} ({low:.2f}-{high:.2f})"
+    value, (low, high) = entry["speedup"], entry["speedup_quartiles"]
+    text = f"{show_ratio(value)}x"
+    return f"{text if value >= 1 else f'**{text}**'} ({show_ratio(low)}-{show_ratio(high)})"
 
 
 def verdict(text: str, met: bool) -> str:
@@ -377,7 +383,7 @@ def render(result: Record) -> str:
             shown = mine = ""
         for name, entry in contestants.items():
             if name.startswith(ours) and name != ours:
-                ratio = f"{1 / entry['speedup']:.2f}x of {ours}"
+                ratio = f"{show_ratio(1 / entry['speedup'])}x of {ours}"
                 speed.append(["", show_spread(entry), f"({name})", "", ratio, ""])
         shown = title
         for name, entry in contestants.items():
@@ -428,7 +434,7 @@ def draw_chart(result: Record, path: Path) -> None:
     axes.axvline(1, color="grey", linewidth=1, zorder=1)
     axes.set_xscale("log")
     axes.set_yticks(range(len(records)), [record["title"] for record in records])
-    axes.invert_yaxis()
+    axes.set_ylim(len(records) - 0.5, -0.5)
     axes.grid(axis="x", which="both", alpha=0.25)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     axes.set_xlabel("speed-up of genfuse (theirs / ours); right of 1x genfuse is faster; | marks the target")
@@ -555,11 +561,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"Warning: the load average is {header['load']}; something else is running.", file=sys.stderr)
     path = RESULTS / f"{machine_slug(header)}-{header['date'][:10]}.json"
     records: dict[str, Record] = {}
+    memory_done = False  # once is enough to see that it works
     for case in chosen:
         rounds, seconds = (2, 0.0) if options.quick else (options.rounds, options.seconds)
         record = measure(case, setting, rounds, seconds)
-        if not options.no_memory:
-            measure_memory(options.family, case, record, setting)
+        if not options.no_memory and not (options.quick and memory_done):
+            memory_done = measure_memory(options.family, case, record, setting) or memory_done
         judge(case, record)
         record["commit"], record["date"] = header["commit"], header["date"]
         records[case.name] = record

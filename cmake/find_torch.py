@@ -3,7 +3,8 @@
 The build needs headers and a library to link with, nothing that runs, so torch is looked up as files. In pip's
 build isolation `sys.path` names the build's own environment while `sysconfig` still names the one that genfuse is
 installed into: the latter's torch is preferred, and so no second one is downloaded. Run as a script it prints the
-folder of torch, its version and its CUDA version ("none" for a CPU build); CMake reads that.
+folder of torch, its version, its CUDA version ("none" for a CPU build), and the oldest torch that the build is for, as
+people write it and as TORCH_TARGET_VERSION; CMake reads that.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sysconfig
 from pathlib import Path
 from typing import NamedTuple
 
-OLDEST = (2, 11)  # also TORCH_TARGET_VERSION in CMakeLists.txt
+OLDEST = (2, 11)
 FETCH = "torch==2.13.0"  # what an isolated build asks for where there is none: the release that CI runs
 
 
@@ -80,4 +81,6 @@ if __name__ == "__main__":
     wrong = complaint(found)
     if wrong is not None or found is None:
         sys.exit(wrong)
-    print(found.folder.as_posix(), found.version, found.cuda or "none", sep=";")
+    oldest = ".".join(map(str, OLDEST))
+    target = f"0x{OLDEST[0]:02x}{OLDEST[1]:02x}000000000000"
+    print(found.folder.as_posix(), found.version, found.cuda or "none", oldest, target, sep=";")

@@ -16,13 +16,15 @@ endif()
 list(GET found 0 GENFUSE_TORCH)
 list(GET found 1 GENFUSE_TORCH_VERSION)
 list(GET found 2 GENFUSE_TORCH_CUDA)
+list(GET found 3 GENFUSE_TORCH_OLDEST)
+list(GET found 4 GENFUSE_TORCH_TARGET)
 message(STATUS "torch ${GENFUSE_TORCH_VERSION} (CUDA: ${GENFUSE_TORCH_CUDA}) in ${GENFUSE_TORCH}")
 
 # torch is taken by its stable headers and one library alone: its own CMake package would ask for a CUDA toolkit wherever
 # torch has CUDA, and offers the unstable C++ API.
 add_library(genfuse_torch INTERFACE)
 target_include_directories(genfuse_torch SYSTEM INTERFACE ${GENFUSE_TORCH}/include)
-target_compile_definitions(genfuse_torch INTERFACE TORCH_TARGET_VERSION=0x020b000000000000)
+target_compile_definitions(genfuse_torch INTERFACE TORCH_TARGET_VERSION=${GENFUSE_TORCH_TARGET})
 if(WIN32)
     target_link_libraries(genfuse_torch INTERFACE ${GENFUSE_TORCH}/lib/torch_cpu.lib)
 elseif(APPLE)
@@ -118,6 +120,7 @@ target_compile_definitions(genfuse_module_objects PRIVATE
     GENFUSE_COMPILER="${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}"
     GENFUSE_BUILD_TYPE="${CMAKE_BUILD_TYPE}"
     GENFUSE_TORCH_HEADERS="${GENFUSE_TORCH_VERSION}"
+    GENFUSE_TORCH_OLDEST="${GENFUSE_TORCH_OLDEST}"
     GENFUSE_CUDA_VERSION="${GENFUSE_CUDA_VERSION}"
     GENFUSE_CUDA_ARCHS="${archs}")
 install(TARGETS genfuse_module LIBRARY DESTINATION genfuse)

@@ -22,7 +22,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["can_run_gru", "can_run_lstm", "gru", "gru_backward", "lstm", "lstm_backward"]
+__all__ = [
+    "can_run_gru",
+    "can_run_lstm",
+    "gru",
+    "gru_backward",
+    "gru_objection",
+    "lstm",
+    "lstm_backward",
+    "lstm_objection",
+]
 
 # Streams of random numbers: what is added to the offset of (seed, offset).
 _ZONEOUT_H = tl.constexpr(0)
@@ -49,8 +58,10 @@ def _tanh(x):
     e = tl.exp(-2.0 * size)
     far = (1.0 - e) / (1.0 + e)
     s = x * x
-    near = size * (1.0 + s * (-0.3333333333333333 + s * (0.13333333333333333 + s * -0.05396825396825397)))
-    t = tl.where(size < 0.1, near, far)
+    near = 0.0218694885361552 + s * (-0.008863235529902197 + s * 0.003592128036572481)
+    near = -0.3333333333333333 + s * (0.13333333333333333 + s * (-0.05396825396825397 + s * near))
+    near = size * (1.0 + s * near)
+    t = tl.where(size < 0.4, near, far)
     return tl.where(x < 0.0, -t, t)
 
 
@@ -1259,9 +1270,13 @@ def _tiles(batch: int) -> tuple[int, int]:
     return (16, 4) if batch <= 16 else (32, 4)
 
 
-def _sequence_fits(hidden: int, dtype: torch.dtype, layer_norm: bool = False) -> bool:
-    """Whether a sequence kernel keeps its weights and state on chip (shared memory and registers, as compiled)."""
-    limit = 64 if dtype == torch.float32 else 128
+def _sequence_fits(hidden: int, x: Tensor, layer_norm: bool = False) -> bool:
+    """Whether a sequence kernel keeps its weights and state on chip: in shared memory and in registers, as compiled."""
+    limit = 64 if x.dtype == torch.float32 else 128
+    if x.is_cuda:
+        # As compiled, the largest (H = 128, 2 bytes) needs 144 KiB, those with H = 64 at most 80 KiB.
+        shared = getattr(torch.cuda.get_device_properties(x.device), "shared_memory_per_block_optin", 0)
+        limit = min(limit, 128 if shared >= 148 * 1024 else 64 if shared >= 81 * 1024 else 32)
     return hidden <= (limit // 2 if layer_norm else limit)
 
 
@@ -1374,7 +1389,7 @@ def lstm(
 
     if batch == 0 or steps.total == 0 or cells_size == 0:
         h_n, c_n = h0.clone(), c0.clone()
-    elif steps.dense and not projected and _sequence_fits(cells_size, x.dtype, layer_norm):
+    elif steps.dense and not projected and _sequence_fits(cells_size, x, layer_norm):
         h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
         _lstm_sequence[(triton.cdiv(batch, 16),)](
             xp, w_hh, ln_ih, ln_hh, bias, ln_cw, ln_cb, h0, c0, h_n, c_n, y, xp if save and not layer_norm else None,
@@ -1504,7 +1519,7 @@ def lstm_backward(
     precision = _precision()
     sum_a = sum_ih = sum_hh = sum_cw = sum_cb = d_tilde = u = None
     empty = batch == 0 or total == 0 or H == 0
-    in_one = not empty and steps.dense and not projected and _sequence_fits(H, x.dtype, layer_norm)
+    in_one = not empty and steps.dense and not projected and _sequence_fits(H, x, layer_norm)
     if layer_norm:
         # The sequence kernel writes one row a program; the step kernels add to one row a batch row.
         parts = triton.cdiv(batch, 16) if in_one else batch
@@ -1632,7 +1647,7 @@ def gru(
     zone, limit, precision = _mode(zoneout_h, training), _limit(zoneout_h), _precision()
     if batch == 0 or steps.total == 0 or H == 0:
         h_n = h0.clone()
-    elif steps.dense and _sequence_fits(H, x.dtype):
+    elif steps.dense and _sequence_fits(H, x):
         h_n = torch.empty_like(h0)
         _gru_sequence[(triton.cdiv(batch, 16),)](
             xp, w_hh, b_ih, b_hh, h0, h_n, y, gates, hidden, out_mask, reset_bytes, rng, len(steps.order), batch,
@@ -1698,7 +1713,7 @@ def gru_backward(
     zone, limit, precision = _mode(zoneout_h, training), _limit(zoneout_h), _precision()
     if batch == 0 or steps.total == 0 or H == 0:
         grad_h0 = h_grad.to(x.dtype)
-    elif steps.dense and _sequence_fits(H, x.dtype):
+    elif steps.dense and _sequence_fits(H, x):
         _gru_sequence_backward[(triton.cdiv(batch, 16),)](
             grad_y, h_grad, w_hh, h0, gates, states, out_mask, reset_bytes, rng, d_gates, len(steps.order), batch,
             zoneout_h, limit, ZONE_H=zone, REVERSE=reverse, H=H, PRECISION=precision, **_sequence_options(H),

@@ -140,19 +140,26 @@ inline void multiply_unpacked(int count, int columns, int64_t depth, const T* co
 }
 
 // Packs `columns` columns (a multiple of the lanes) of depth values each; source(column) is contiguous over the depth,
-// or null for zeros.
-template <class T, class Source>
-inline void pack_columns(int columns, int64_t depth, Source source, T* panel) {
+// or null for zeros. P is T, or uint16_t for bfloat16.
+template <class T, class P, class Source>
+inline void pack_columns(int64_t columns, int64_t depth, Source source, P* panel) {
   constexpr int64_t block = 16;
+  const auto convert = [](T value) {
+    if constexpr (sizeof(P) == 2) {
+      return to_bf16(value);
+    } else {
+      return value;
+    }
+  };
   for (int64_t k0 = 0; k0 < depth; k0 += block) {
     const int64_t k1 = minimum(k0 + block, depth);
-    for (int column = 0; column < columns; ++column) {
+    for (int64_t column = 0; column < columns; ++column) {
       const T* from = source(column);
-      T* to = panel + column;
+      P* to = panel + column;
       if (from == nullptr) {
         for (int64_t k = k0; k < k1; ++k) to[k * columns] = 0;
       } else {
-        for (int64_t k = k0; k < k1; ++k) to[k * columns] = from[k];
+        for (int64_t k = k0; k < k1; ++k) to[k * columns] = convert(from[k]);
       }
     }
   }

@@ -220,17 +220,9 @@ GENFUSE_HD Vec<double> sigmoid(Vec<double> x) { return 1.0 / (1.0 + exp(-x)); }
 
 // bfloat16 is the upper half of a float32.
 GENFUSE_HD Vec<float> load_bf16(const uint16_t* p) {
-#if defined(__AVX512F__)
-  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return reinterpret_cast<Vec<float>>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-#elif defined(__AVX2__)
-  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return reinterpret_cast<Vec<float>>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
-#else
-  VecInt<float> bits;
-  for (int i = 0; i < kLanes<float>; ++i) bits[i] = static_cast<int32_t>(static_cast<uint32_t>(p[i]) << 16);
-  return reinterpret_cast<Vec<float>>(bits);
-#endif
+  typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+  typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+  return reinterpret_cast<Vec<float>>(__builtin_convertvector(*reinterpret_cast<const Half*>(p), Bits) << 16);
 }
 // Round to nearest even; NaN stays NaN.
 GENFUSE_HD uint16_t to_bf16(float x) {

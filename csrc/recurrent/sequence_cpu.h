@@ -149,11 +149,14 @@ inline void philox_fill(uint64_t seed, uint64_t offset, uint64_t first, int64_t 
   }
 }
 
+// u < p for a real p, on the grid of 2^-24 where u lies; p itself may be none of its points.
+inline float mask_threshold(double p) { return static_cast<float>(std::ceil(p * 0x1p24)) * 0x1p-24f; }
+
 // Inverted dropout's factors: 1 / (1 - p) where kept, else 0.
 template <class T>
 inline void dropout_scale(const Regularizers& r, uint64_t stream, double p, uint64_t first, int64_t count, T* out) {
   const T keep = p < 1 ? static_cast<T>(1.0 / (1.0 - p)) : T{0};
-  const float threshold = static_cast<float>(p);
+  const float threshold = mask_threshold(p);
   constexpr int64_t block = 256;
   float u[block];
   for (int64_t i = 0; i < count; i += block) {
@@ -166,7 +169,7 @@ inline void dropout_scale(const Regularizers& r, uint64_t stream, double p, uint
 // Zoneout: the weight of the old state. In training 1 or 0 at random, otherwise p everywhere.
 template <class T>
 inline void zoneout_weights(const Regularizers& r, uint64_t stream, double p, uint64_t first, int64_t count, T* out) {
-  const float threshold = static_cast<float>(p);
+  const float threshold = mask_threshold(p);
   constexpr int64_t block = 256;
   float u[block];
   for (int64_t i = 0; i < count; i += block) {

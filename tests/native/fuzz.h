@@ -19,6 +19,14 @@
 #include "common/kernel.h"
 #include "common/parallel.h"
 
+// A kernel's version for an instruction set given as a number, as in genfuse::Isa.
+#if GENFUSE_X86
+#define FUZZ_VERSION(isa, function) \
+  ((isa) == 2 ? &genfuse::avx512::function : (isa) == 1 ? &genfuse::avx2::function : &genfuse::baseline::function)
+#else
+#define FUZZ_VERSION(isa, function) ((void)(isa), &genfuse::baseline::function)
+#endif
+
 namespace fuzz {
 
 struct Random {
@@ -164,6 +172,9 @@ void run_everywhere(One one) {
   }
 }
 
+// Each draws a case, describes it, runs it, and throws a Failure.
 void lstm_case(Random& random, std::string& description);
+void gru_case(Random& random, std::string& description);
+void generate_case(Random& random, std::string& description);
 
 }  // namespace fuzz

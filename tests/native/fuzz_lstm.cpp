@@ -5,16 +5,6 @@ namespace fuzz {
 namespace {
 
 template <class T>
-genfuse::LstmKernels<T> kernels(size_t isa) {
-#if GENFUSE_X86
-  if (isa == 2) return genfuse::avx512::lstm_kernels<T>();
-  if (isa == 1) return genfuse::avx2::lstm_kernels<T>();
-#endif
-  (void)isa;
-  return genfuse::baseline::lstm_kernels<T>();
-}
-
-template <class T>
 void one_case(Random& random, SequenceCase& c, std::string& description) {
   genfuse::Sequence& s = c.seq;
   const bool layer_norm = random.chance(0.35), projected = random.chance(0.25);
@@ -63,7 +53,7 @@ void one_case(Random& random, SequenceCase& c, std::string& description) {
       if (layer_norm) forward.reserve.stats = results.add("stats", N * 6);
       if (masked) forward.reserve.hidden = results.add("hidden", N * S);
     }
-    run(kernels<T>(isa).forward, forward, pool.executor);
+    run(FUZZ_VERSION(isa, lstm_kernels<T>)().forward, forward, pool.executor);
     return results;
   };
   run_everywhere<T>([&](size_t isa, const Pool& pool) { return forward(isa, pool, false); });
@@ -100,7 +90,7 @@ void one_case(Random& random, SequenceCase& c, std::string& description) {
         backward.grad_ln_c_bias = results.add("grad_ln_c_bias", H);
       }
     }
-    run(kernels<T>(isa).backward, backward, pool.executor);
+    run(FUZZ_VERSION(isa, lstm_kernels<T>)().backward, backward, pool.executor);
     return results;
   });
 }

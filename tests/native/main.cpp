@@ -13,13 +13,15 @@ struct Kernel {
 
 constexpr Kernel kKernels[] = {
     {"lstm", fuzz::lstm_case},
+    {"gru", fuzz::gru_case},
+    {"generate", fuzz::generate_case},
 };
 
 }  // namespace
 
 int main(int count, char** arguments) {
   const uint64_t seed = count > 1 ? std::strtoull(arguments[1], nullptr, 10) : 1;
-  const uint64_t cases = count > 2 ? std::strtoull(arguments[2], nullptr, 10) : 150;
+  const uint64_t cases = count > 2 ? std::strtoull(arguments[2], nullptr, 10) : 200;
   for (const Kernel& kernel : kKernels) {
     for (uint64_t i = seed; i < seed + cases; ++i) {
       fuzz::Random random(i);

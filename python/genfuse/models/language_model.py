@@ -172,6 +172,8 @@ class LSTMLanguageModel(torch.nn.Module):
             >>> model.log_prob(torch.tensor([[0, 1, 2], [0, 3, 4]])).shape
             torch.Size([2])
         """
+        if tokens.dim() == 2 and tokens.size(1) < 2:
+            return self.head.bias.new_zeros(tokens.size(0))
         _, hidden, _ = self._hidden(tokens[:, :-1], state)
         targets = tokens[:, 1:].t()
         nll = ops.linear_cross_entropy(

@@ -120,6 +120,8 @@ class LSTMLanguageModel(torch.nn.Module):
 
     def log_prob(self, tokens: Tensor, state: Any = None) -> Tensor:
         """Log-probability ``[B]`` of ``tokens[:, 1:]`` given ``tokens[:, 0]``, in nats."""
+        if tokens.size(1) < 2:
+            return self.head.bias.new_zeros(tokens.size(0))
         logits, _ = self(tokens[:, :-1], state)
         return logits.log_softmax(-1).gather(-1, tokens[:, 1:].unsqueeze(-1)).squeeze(-1).sum(-1)
 

@@ -295,7 +295,7 @@ def sample_token(
         keep = scaled >= scaled.topk(top_k, -1).values[..., -1:]
     if top_p is not None and top_p < 1.0:
         p = scaled.masked_fill(~keep, -torch.inf).softmax(-1)
-        sorted_p, order = p.sort(-1, descending=True, stable=True)
+        sorted_p, order = p.sort(dim=-1, descending=True, stable=True)
         before = sorted_p.cumsum(-1) - sorted_p
         in_nucleus = before < top_p
         in_nucleus[..., 0] = True

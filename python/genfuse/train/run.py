@@ -122,27 +122,28 @@ def train_language_model(
     arguments = settings.model_arguments(data.vocabulary.size)
     run = {"settings": settings.to_json(), "data": source.name, "fingerprint": source.fingerprint}
     config = make_config("LSTMLanguageModel", arguments, data.vocabulary, run)
-    if first:
-        _prepare_folder(folder, config, resume)
 
     from .module import Plan
 
     plan = Plan(len(data.train), settings)
     done = _checkpoint_step(folder, config) if resume else 0
+    machine = {
+        "accelerator": accelerator,
+        "devices": devices,
+        "num_nodes": nodes,
+        "strategy": strategy,
+        "precision": precision,
+    }
+    # Before anything is written or said: a machine that cannot do it leaves no trace of the attempt.
+    trainer, recorder = _trainer(folder, data, settings, plan, config, done, say, progress, machine)
+    if first:
+        _prepare_folder(folder, config, resume)
     _introduce(say, folder, data, settings, plan, done if resume else None)
-    recorder = None
     if done < plan.total_steps:
-        trainer_options = {
-            "accelerator": accelerator,
-            "devices": devices,
-            "num_nodes": nodes,
-            "strategy": strategy,
-            "precision": precision,
-        }
-        recorder = _fit(folder, data, settings, plan, config, done, say, progress, trainer_options)
+        _fit(trainer, data, settings, plan, config, folder / LAST if done else None)
     if not first:
         return None
-    return _finish(folder, data, settings, plan, recorder, say)
+    return _finish(folder, data, settings, plan, recorder if done < plan.total_steps else None, say)
 
 
 def _process_rank() -> int:
@@ -221,7 +222,7 @@ def _introduce(
         say(f"folder    {folder}: resuming at step {done}")
 
 
-def _fit(
+def _trainer(
     folder: Path,
     data: TextData,
     settings: LanguageModelSettings,
@@ -230,25 +231,21 @@ def _fit(
     done: int,
     say: Say,
     progress: bool,
-    trainer_options: dict[str, Any],
-) -> Any:
+    machine: dict[str, Any],
+) -> tuple[Any, Any]:
+    """Lightning's trainer, and the recorder in it."""
     import lightning.pytorch as pl
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.loggers import TensorBoardLogger
 
-    from genfuse.models import LSTMLanguageModel
-
     from .callbacks import AtomicCheckpointIO, ProgressBar, Recorder
-    from .module import LanguageModelData, LanguageModelModule
 
-    torch.manual_seed(settings.seed)
-    model = LSTMLanguageModel(**config["arguments"])
-    module = LanguageModelModule(model, settings, plan.total_steps)
     recorder = Recorder(folder, config, plan, settings.save_every, data.tokens_per_char, say)
+    # What a killed process logged after its last checkpoint is logged again: drop the first account of it.
     logger = TensorBoardLogger(folder, name="tensorboard", version="", purge_step=done + 1 if done else None)
     try:
         trainer = pl.Trainer(
-            **trainer_options,
+            **machine,
             plugins=[AtomicCheckpointIO()],
             callbacks=[recorder, *([ProgressBar(recorder)] if progress else [])],
             logger=logger,
@@ -269,13 +266,35 @@ def _fit(
             f"--batch-size {settings.batch_size} cannot be divided among {trainer.world_size} processes: "
             "make it a multiple of their number."
         )
-    trainer.fit(
-        module,
-        datamodule=LanguageModelData(data, plan),
-        ckpt_path=str(folder / LAST) if done else None,
-        weights_only=True,
-    )
-    return recorder
+    return trainer, recorder
+
+
+def _fit(
+    trainer: Any,
+    data: TextData,
+    settings: LanguageModelSettings,
+    plan: Any,
+    config: dict[str, Any],
+    resume_from: Path | None,
+) -> None:
+    from genfuse.models import LSTMLanguageModel
+
+    from .module import LanguageModelData, LanguageModelModule
+
+    torch.manual_seed(settings.seed)
+    model = LSTMLanguageModel(**config["arguments"])
+    module = LanguageModelModule(model, settings, plan.total_steps)
+    try:
+        trainer.fit(
+            module,
+            datamodule=LanguageModelData(data, plan),
+            ckpt_path=None if resume_from is None else str(resume_from),
+            weights_only=True,
+        )
+    except SystemExit:
+        if trainer.interrupted:  # Lightning's answer to a KeyboardInterrupt
+            raise KeyboardInterrupt from None
+        raise
 
 
 def _finish(
@@ -350,8 +369,9 @@ def _silent(line: str) -> None:
 
 def _quieten() -> None:
     """Lightning's hints are for who writes training code, not for who runs it."""
-    os.environ.setdefault("POSSIBLE_USER_WARNINGS", "off")
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning", "pytorch_lightning"):
+    import lightning.pytorch  # noqa: F401  it sets the levels of its loggers when it is imported
+
+    for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"lightning\..*")
     warnings.filterwarnings("ignore", module=r"torch\.optim\.lr_scheduler")

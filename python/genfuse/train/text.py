@@ -220,7 +220,9 @@ class TextData:
         self.held_out_text = keep
         self.tokens_per_char = len(self.held_out) / max(len(keep), 1)
         if len(self.train) < context + 1:
-            needed = max(int(np.ceil((context + 1) / (1.0 - held_out))), context + 3)
+            needed = int(np.ceil((context + 2) / (1.0 - held_out))) + 2
+            while needed - 1 - max(int((needed - 1) * held_out), 2) > context:
+                needed -= 1
             raise UserError(
                 f"{source.name} is too small: it has {len(source.text)} characters, and training with windows of "
                 f"{context} needs at least {needed}; give more text or a smaller --context."

@@ -1,0 +1,230 @@
+"""The command line, as a beginner meets it: what is wrong is one sentence on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("typer")
+pytest.importorskip("lightning")
+
+from genfuse.train import cli
+from genfuse.train.text import default_text
+
+TINY = "--hidden-size 8 --embedding-dim 4 --context 16 --batch-size 8 --epochs 1".split()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    path.write_text(default_text()[:4000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    assert cli.run(["train", "lstm", "--data", str(corpus), "--out", str(folder), *TINY]) == 0
+    torch.set_num_threads(threads)
+    return folder
+
+
+def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The sentence that a wrong command prints; checks that there is nothing else, and the exit code."""
+    assert cli.run(arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("genfuse: ")
+    assert said.err.count("\n") == 1
+    assert said.err.rstrip().endswith((".", "?"))
+    return said.err
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, words in (
+        ([], ["train", "sample", "evaluate", "info"]),
+        (["--help"], ["train", "sample", "evaluate", "info"]),
+        (["train"], ["lstm"]),
+        (["train", "lstm", "--help"], ["--data", "--resume", "--cell", "--devices", "--seed"]),
+        (["sample", "--help"], ["--prompt", "--length", "--temperature", "--top-k", "--top-p", "--seed"]),
+    ):
+        assert cli.run(arguments) == 0
+        said = capsys.readouterr().out
+        assert all(word in said for word in words), said
+    assert cli.run(["--version"]) == 0
+    assert capsys.readouterr().out.strip()[0].isdigit()
+
+
+def test_help_is_light() -> None:
+    """Neither torch nor Lightning is loaded to print a help text or to refuse an option."""
+    for arguments in (["train", "lstm", "--help"], ["train", "lstm", "--no-such-option"]):
+        code = (
+            "import sys; from genfuse.train import cli; cli.run(sys.argv[1:]); "
+            "sys.exit(any(name in sys.modules for name in ('torch', 'lightning', 'matplotlib', 'numpy')))"
+        )
+        subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "lstm", "--epoch", "3"], "No such option"),
+        (["train", "gpt"], "No such command"),
+        (["train", "lstm", "--epochs", "many"], "Invalid value for '--epochs'"),
+        (["train", "lstm", "--epochs", "0"], "--epochs must be at least 1, not 0"),
+        (["train", "lstm", "--cell", "rnn"], "--cell must be one of lstm, layernorm_lstm, gru, not 'rnn'"),
+        (["train", "lstm", "--level", "word"], "--level must be one of char, byte"),
+        (["train", "lstm", "--data", "nowhere.txt"], "cannot read"),
+        (["train", "lstm", "--resume"], "there is no run in"),
+        (["train", "lstm", "--accelerator", "quantum"], "this machine cannot train that way"),
+        (["train", "lstm", "--strategy", "magic"], "this machine cannot train that way"),
+        (["train", "lstm", "--devices", "none"], "this machine cannot train that way"),
+        (["train", "lstm", "extra"], "extra"),
+        (["sample"], "Missing argument 'CHECKPOINT'"),
+        (["sample", "nowhere"], "there is no checkpoint at nowhere"),
+        (["evaluate", "nowhere"], "there is no checkpoint at nowhere"),
+        (["info", "nowhere"], "there is no checkpoint at nowhere"),
+        (["paint"], "No such command"),
+    ],
+)
+def test_mistakes(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert words in fails(arguments, capsys)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"", "is empty"), (b"\0\1\2", "is binary"), (b"\xff\xfe", "is not UTF-8 text"), (b"abc", "is too small")],
+)
+def test_wrong_data(content: bytes, words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    data = tmp_path / "data.txt"
+    data.write_bytes(content)
+    assert words in fails(["train", "lstm", "--data", str(data), "--out", str(tmp_path / "run")], capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_unreadable_data(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    data = tmp_path / "data.txt"
+    data.write_text("secret")
+    data.chmod(0)
+    if os.access(data, os.R_OK):
+        pytest.skip("this user may read everything")
+    assert "permission denied" in fails(["train", "lstm", "--data", str(data)], capsys)
+
+
+def test_wrong_folder(corpus: Path, trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    a_file = tmp_path / "file"
+    a_file.write_text("")
+    command = ["train", "lstm", "--data", str(corpus), *TINY, "--out"]
+    assert "cannot write to" in fails([*command, str(a_file)], capsys)
+    assert "already holds a run" in fails([*command, str(trained)], capsys)
+    assert "cannot be resumed with 9" in fails([*command, str(trained), "--resume", "--hidden-size", "9"], capsys)
+
+
+def test_numbered_folders(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert cli.run(["train", "lstm", "--data", str(corpus), *TINY]) == 0
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["lstm", "lstm-2"]
+    assert cli.run(["train", "lstm", "--resume"]) == 0
+
+
+def test_sample(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    command = ["sample", str(trained), "--prompt", "The ", "--length", "30", "--seed", "3"]
+    texts = []
+    for _ in range(2):
+        assert cli.run(command) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("The ")
+    assert len(texts[0]) == 4 + 30 + 1
+    assert cli.run(["sample", str(trained / "model.safetensors"), "--prompt", "日", "--length", "3"]) == 0
+    assert "'日'" in capsys.readouterr().err
+    assert cli.run([*command, "--top-k", "5", "--top-p", "0.9", "--temperature", "0"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--length", "0", "--length must be at least 1"),
+        ("--temperature", "-1", "--temperature must not be negative"),
+        ("--temperature", "nan", "--temperature must not be negative"),
+        ("--top-k", "0", "--top-k must be at least 1"),
+        ("--top-p", "0", "--top-p is a probability"),
+        ("--top-p", "1.5", "--top-p is a probability"),
+    ],
+)
+def test_sample_mistakes(
+    option: str, value: str, words: str, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert words in fails(["sample", str(trained), option, value], capsys)
+
+
+def test_evaluate_and_info(trained: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert cli.run(["evaluate", str(trained)]) == 0
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("held-out part of", "bits/char", "perplexity", "BLEU-4"))
+    other = corpus.with_name("other.txt")
+    other.write_text("Ünbekännt " * 40)
+    assert cli.run(["evaluate", str(trained), "--data", str(other)]) == 0
+    assert "new to the model" in capsys.readouterr().out
+    assert cli.run(["info", str(trained)]) == 0
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("LSTMLanguageModel", "hidden size", "held-out bits/char"))
+    assert cli.run(["info"]) == 0
+    assert "torch" in capsys.readouterr().out
+
+
+def test_missing_extras(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capsys.readouterr()
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name in ("lightning", "safetensors") else find(name, *rest)
+    )
+    assert "training needs lightning, which is not installed" in fails(["train", "lstm"], capsys)
+    assert "sampling needs safetensors" in fails(["sample", str(trained)], capsys)
+
+
+def test_missing_typer(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "typer", None)
+    monkeypatch.delitem(sys.modules, "genfuse.train.commands", raising=False)
+    assert "needs typer, which is not installed: pip install 'genfuse[train]'" in fails(["--help"], capsys)
+
+
+@pytest.mark.slow
+def test_ctrl_c(tmp_path: Path, corpus: Path) -> None:
+    command = [sys.executable, "-m", "genfuse", "train", "lstm", "--data", str(corpus), "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(
+        [*command, *TINY[:-2], "--epochs", "100000", "--save-every", "50"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "last.ckpt").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.startswith("Stopped after step ")
+    assert said.count("\n") == 1
+    checkpoint = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
+    assert f"after step {checkpoint['global_step']};" in said

@@ -171,7 +171,7 @@ def build(case: Case, setting: Setting) -> tuple[dict[str, Work], dict[str, str]
             skipped[name] = str(e)
         except Exception as e:
             traceback.print_exc()
-            failed[name] = f"{type(e).__name__}: {e}".splitlines()[0]
+            failed[name] = f"{type(e).__name__}: {e}".splitlines()[0][:200]
         else:
             works[name] = work
             if case.rtol is not None and name not in case.unchecked and not case.random:
@@ -371,7 +371,7 @@ def render(result: Record) -> str:
                 met, promised = met + entry.get("bound_met", 0), promised + ("bound_us" in entry)
             continue
         if ours not in contestants:
-            speed.append([title, "failed", "", "", "", record["failed"].get(ours, "")])
+            speed.append([title, "failed", "", "", "", ""])
             continue
         shown, mine = title, show_spread(contestants[ours])
         for peer in peers(record):

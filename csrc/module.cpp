@@ -194,15 +194,18 @@ py::tuple lstm_forward(py::array x, const py::object& h0_in, const py::object& c
 py::tuple lstm_forward_any(const py::object& x_in, const py::object& h0, const py::object& c0, const py::object& w_ih,
                            const py::object& w_hh, const LstmOptions& options) {
   const py::array x = array_of("x", x_in);
+  const bool single = py::isinstance<py::array_t<float>>(x);
+  if (!single && !py::isinstance<py::array_t<double>>(x)) {
+    throw py::type_error("x must be an array of float32 or float64, got " + py::str(x.dtype()).cast<std::string>());
+  }
   if (x.ndim() != 3) throw py::value_error("x must have shape (T, B, I), got " + text_of(x));
   if (options.threads < 1) throw py::value_error("threads must be at least 1, got " + std::to_string(options.threads));
   for (double p : {options.zoneout_h, options.zoneout_c}) {
     if (!(p >= 0 && p <= 1))
       throw py::value_error("zoneout must be a probability between 0 and 1, got " + std::to_string(p));
   }
-  if (py::isinstance<py::array_t<float>>(x)) return lstm_forward<float>(x, h0, c0, w_ih, w_hh, options);
-  if (py::isinstance<py::array_t<double>>(x)) return lstm_forward<double>(x, h0, c0, w_ih, w_hh, options);
-  throw py::type_error("x must be an array of float32 or float64, got " + py::str(x.dtype()).cast<std::string>());
+  return single ? lstm_forward<float>(x, h0, c0, w_ih, w_hh, options)
+                : lstm_forward<double>(x, h0, c0, w_ih, w_hh, options);
 }
 
 py::dict build_info() {

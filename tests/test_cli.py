@@ -19,7 +19,7 @@ pytest.importorskip("lightning")
 from genfuse.train import cli
 from genfuse.train.text import default_text
 
-TINY = "--hidden-size 8 --embedding-dim 4 --context 16 --batch-size 8 --epochs 1".split()
+TINY = ["--hidden-size", "8", "--embedding-dim", "4", "--context", "16", "--batch-size", "8", "--epochs", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,11 @@ def test_help_is_light() -> None:
     ],
 )
 def test_mistakes(
-    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert words in fails(arguments, capsys)
@@ -190,13 +194,13 @@ def test_evaluate_and_info(trained: Path, corpus: Path, capsys: pytest.CaptureFi
     assert "torch" in capsys.readouterr().out
 
 
-def test_missing_extras(
-    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_extras(trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     capsys.readouterr()
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name in ("lightning", "safetensors") else find(name, *rest)
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name in ("lightning", "safetensors") else find(name, *rest),
     )
     assert "training needs lightning, which is not installed" in fails(["train", "lstm"], capsys)
     assert "sampling needs safetensors" in fails(["sample", str(trained)], capsys)

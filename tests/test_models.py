@@ -7,9 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
-
 from genfuse import models, reference
+from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -82,7 +81,9 @@ def test_forward_loss_and_gradients(cell: str, tie_weights: bool) -> None:
             losses.append(torch.stack([loss, loss_again]))
         torch.testing.assert_close(losses[0], losses[1], rtol=1e-12, atol=1e-12)
         for (name, left), right in zip(ours.named_parameters(), twin.parameters(), strict=True):
-            torch.testing.assert_close(left.grad, right.grad, rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(
+                left.grad, right.grad, rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}"
+            )
     ours.eval(), twin.eval()
     torch.testing.assert_close(ours(tokens)[0], twin(tokens)[0], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(ours.log_prob(tokens), twin.log_prob(tokens), rtol=1e-12, atol=1e-12)
@@ -154,7 +155,10 @@ def test_generate_is_the_twins(cell: str) -> None:
 def test_generate_depends_on_the_seed_alone() -> None:
     model, _ = pair("lstm", torch.float32, dropout=0.5)
     prompt = some_tokens(3, 4)
-    draw = lambda rows: model.generate(prompt[:rows], 10, generator=torch.Generator().manual_seed(8))
+
+    def draw(rows: int) -> Tensor:
+        return model.generate(prompt[:rows], 10, generator=torch.Generator().manual_seed(8))
+
     assert torch.equal(draw(3), draw(3))
     assert torch.equal(draw(3)[:2], draw(2))
     assert not torch.equal(draw(3), model.generate(prompt, 10, generator=torch.Generator().manual_seed(9)))

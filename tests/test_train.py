@@ -18,13 +18,12 @@ import torch
 
 pytest.importorskip("lightning")
 
-from safetensors.torch import load_file, save_file
-
 from genfuse.train import Stopped, UserError
 from genfuse.train.checkpoint import load_model, remove_unfinished, replacing
 from genfuse.train.run import evaluate, held_out_loss, sample, train_language_model
 from genfuse.train.settings import LanguageModelSettings
 from genfuse.train.text import Text, TextData, Vocabulary, WindowOrder, default_text, load_text
+from safetensors.torch import load_file, save_file
 
 # Every kind of mask is on: what a resumed run draws must be what the uninterrupted one drew.
 TINY = {
@@ -181,12 +180,14 @@ def test_data_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_too_small_says_what_would_do() -> None:
-    with pytest.raises(UserError, match="it has 142 characters, .* at least 143"):
+    with pytest.raises(UserError, match=r"it has 142 characters, .* at least 143"):
         TextData(Text("x", "a" * 142), "char", context=128)
     TextData(Text("x", "a" * 143), "char", context=128)
 
 
-@pytest.mark.parametrize(("length", "context", "batch"), [(1000, 9, 4), (18, 9, 4), (10, 9, 3), (11, 9, 1), (5000, 7, 64)])
+@pytest.mark.parametrize(
+    ("length", "context", "batch"), [(1000, 9, 4), (18, 9, 4), (10, 9, 3), (11, 9, 1), (5000, 7, 64)]
+)
 def test_window_order(length: int, context: int, batch: int) -> None:
     order, again = (WindowOrder(length, context, batch, seed=3) for _ in range(2))
     steps = 3 * order.steps_per_epoch
@@ -228,9 +229,14 @@ def test_settings_are_checked(values: dict[str, Any], message: str) -> None:
 def test_replacing_is_all_or_nothing(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    with pytest.raises(RuntimeError, match="half-way"), replacing(path) as file:
-        file.write(b"new")
-        raise RuntimeError("half-way")
+
+    def write() -> None:
+        with replacing(path) as file:
+            file.write(b"new")
+            raise RuntimeError("half-way")
+
+    with pytest.raises(RuntimeError, match="half-way"):
+        write()
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
     (tmp_path / ".file.1.unfinished").write_bytes(b"left by a killed process")
@@ -247,9 +253,9 @@ def test_a_run_leaves_what_the_documentation_says(whole: Path) -> None:
     assert 0.0 <= metrics["bleu"] <= 1.0
     assert metrics["held_out_perplexity"] == pytest.approx(2.0 ** metrics["held_out_bits_per_char"])
     assert any(path.name.startswith("events") for path in (whole / "tensorboard").iterdir())
-    curve = history(whole)["held_out"]
-    assert [step for step, _ in curve] == [63, 126, 189, 252]
-    assert curve[-1][1] < curve[0][1]
+    assert [step for step, _ in history(whole)["held_out"]] == [63, 126, 189, 252]
+    learnt = [nats for _, nats in history(whole)["train"]]
+    assert learnt[-1] < learnt[0] - 0.5
 
 
 def test_evaluate_finds_what_training_measured(whole: Path, corpus: Path) -> None:
@@ -442,11 +448,15 @@ def test_two_processes_compute_what_one_does(corpus: Path, tmp_path: Path) -> No
     """DDP over gloo under torchrun: the same global batch, the same loss at each step."""
     quiet = {"dropout": 0.0, "weight_drop": 0.0, "zoneout_h": 0.0, "epochs": 1}  # each process draws masks of its own
     train(corpus, tmp_path / "one", **quiet)
-    options = [part for name, value in {**TINY, **quiet}.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    options = [
+        part for name, value in {**TINY, **quiet}.items() for part in (f"--{name.replace('_', '-')}", str(value))
+    ]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "genfuse"]
     done = subprocess.run(
-        [*launcher, "train", "lstm", "--accelerator", "cpu", "--strategy", "ddp", "--data", str(corpus)]
-        + ["--out", str(tmp_path / "two"), *options],
+        [
+            *(*launcher, "train", "lstm", "--accelerator", "cpu", "--strategy", "ddp"),
+            *("--data", str(corpus), "--out", str(tmp_path / "two"), *options),
+        ],
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
@@ -454,7 +464,7 @@ def test_two_processes_compute_what_one_does(corpus: Path, tmp_path: Path) -> No
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("bits/char, perplexity") == 1  # one process speaks
+    assert done.stdout.count("perplexity") == 1  # one process speaks
     one, two = history(tmp_path / "one"), history(tmp_path / "two")
     for part in ("train", "held_out"):
         assert [step for step, _ in one[part]] == [step for step, _ in two[part]]

@@ -29,7 +29,7 @@ if INTERPRETED:
 
 from genfuse.kernels import recurrent as kernels  # noqa: E402
 from genfuse.reference import recurrent as reference  # noqa: E402
-from tolerances import assert_as_accurate  # noqa: E402
+from tolerances import RUNS, assert_as_accurate  # noqa: E402
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's process")
 compiled = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
@@ -101,8 +101,15 @@ class Case:
         shapes = [(*rows, outputs), (batch, outputs), (batch, hidden)][: self.results]
         self.gradients = [normal(*shape) for shape in shapes]
 
-    def reference(self, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-        inputs = [None if tensor is None else tensor.to(dtype).requires_grad_() for tensor in self.inputs]
+    def reference(self, dtype: torch.dtype, run: int = 0) -> tuple[list[Tensor], list[Tensor]]:
+        """Results and gradients at a dtype; from run 1 on with inputs moved by half a unit in its last place."""
+        generator = torch.Generator().manual_seed(run)
+
+        def moved(tensor: Tensor) -> Tensor:
+            amount = (torch.rand(tensor.shape, generator=generator, dtype=torch.float64) - 0.5) * (run > 0)
+            return (tensor * (1.0 + 2.0 * amount * torch.finfo(dtype).eps)).to(dtype).requires_grad_()
+
+        inputs = [None if tensor is None else moved(tensor) for tensor in self.inputs]
         options: dict[str, Any] = {
             "batch_sizes": self.batch_sizes, "resets": self.resets, "training": self.training, "reverse": self.reverse,
             "rng": SEED,
@@ -144,14 +151,15 @@ class Case:
         exact, exact_gradients = self.reference(torch.float64)
         # Eager PyTorch at the dtype of the test: the same equations without the reference's step up to float32.
         monkeypatch.setattr(reference, "_compute_dtype", lambda dtype: dtype)
-        eager, eager_gradients = self.reference(self.dtype)
+        runs = [self.reference(self.dtype, run) for run in range(RUNS)]
         found, gradients = self.kernel()
         names = LSTM_NAMES if self.cell == "lstm" else GRU_NAMES
-        for ours, theirs, truth, name in zip(found, eager, exact, ("y", "h_n", "c_n"), strict=False):
-            assert_as_accurate(ours, theirs, truth, name)
         present = [name for name, tensor in zip(names, self.inputs, strict=True) if tensor is not None]
-        for ours, theirs, truth, name in zip(gradients, eager_gradients, exact_gradients, present, strict=True):
-            assert_as_accurate(ours, theirs, truth, name, gradient=True)
+        for index, name in enumerate(("y", "h_n", "c_n")[: self.results]):
+            assert_as_accurate(found[index], [values[index] for values, _ in runs], exact[index], name)
+        for index, name in enumerate(present):
+            eager = [values[index] for _, values in runs]
+            assert_as_accurate(gradients[index], eager, exact_gradients[index], name, gradient=True)
 
 
 @pytest.fixture
@@ -300,7 +308,12 @@ def test_interpreted_in_a_process_of_its_own() -> None:
 # ---- compiling for GPUs that are not there --------------------------------------------------------------------------
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "mi300": ("hip", "gfx942", 64)}
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "mi300": ("hip", "gfx942", 64),
+}
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.uint8: "u8"}
 
 
@@ -338,7 +351,9 @@ def _launches(dtype: torch.dtype) -> list[tuple[Any, ...]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JITFunction, "run", record)
         options: dict[str, Any] = {"resets": True, "training": True, "drops": ALL, "dtype": dtype}
-        patch.setattr(torch, "allclose", lambda *arguments, **options: True)  # the recorded kernels compute nothing to compare
+        patch.setattr(
+            torch, "allclose", lambda *arguments, **options: True
+        )  # the recorded kernels compute nothing to compare
         for norm in (False, True):
             Case("lstm", (2, 3, 4, 16), norm=norm, **options).kernel()
         Case("gru", (2, 3, 4, 16), **options).kernel()

@@ -143,23 +143,23 @@ inline void multiply_unpacked(int count, int columns, int64_t depth, const T* co
 // or null for zeros. P is T, or uint16_t for bfloat16.
 template <class T, class P, class Source>
 inline void pack_columns(int64_t columns, int64_t depth, Source source, P* panel) {
-  constexpr int64_t block = 16;
-  const auto convert = [](T value) {
-    if constexpr (sizeof(P) == 2) {
-      return to_bf16(value);
-    } else {
-      return value;
-    }
-  };
-  for (int64_t k0 = 0; k0 < depth; k0 += block) {
-    const int64_t k1 = minimum(k0 + block, depth);
-    for (int64_t column = 0; column < columns; ++column) {
-      const T* from = source(column);
-      P* to = panel + column;
-      if (from == nullptr) {
-        for (int64_t k = k0; k < k1; ++k) to[k * columns] = 0;
-      } else {
-        for (int64_t k = k0; k < k1; ++k) to[k * columns] = convert(from[k]);
+  constexpr int lanes = kLanes<T>;
+  for (int64_t column = 0; column < columns; column += lanes) {
+    const T* from[lanes];
+    for (int i = 0; i < lanes; ++i) from[i] = source(column + i);
+    for (int64_t k0 = 0; k0 < depth; k0 += lanes) {
+      const int64_t n = minimum(lanes, depth - k0);
+      Vec<T> block[lanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i) block[i] = from[i] == nullptr ? Vec<T>{} : load_upto(from[i] + k0, n);
+      transpose<T>(block);
+      for (int64_t k = 0; k < n; ++k) {
+        P* to = panel + (k0 + k) * columns + column;
+        if constexpr (sizeof(P) == 2) {
+          store_bf16(to, block[k]);
+        } else {
+          store(to, block[k]);
+        }
       }
     }
   }

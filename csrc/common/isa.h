@@ -1,7 +1,8 @@
 // Which version of a kernel runs.
 //
 // Every csrc/*/*_cpu.cpp is compiled once for each instruction set, with GENFUSE_ISA defined as `baseline`, `avx2` or
-// `avx512`, and puts its functions into `namespace genfuse::GENFUSE_ISA`. Callers choose through GENFUSE_DISPATCH.
+// `avx512`, and puts its functions into the namespace of that name (GENFUSE_NAMESPACE). Callers choose through
+// GENFUSE_DISPATCH.
 #pragma once
 
 #include <string>

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "common/math.h"
 
@@ -116,15 +117,45 @@ GENFUSE_HD void store_upto(T* p, Vec<T> v, int64_t n) {
   }
 }
 
-// Lane order, always the same tree: sums do not depend on the compiler's mood.
+// Lane i plus lane i + half, and so on down: always the same tree.
+template <int Half, class V, size_t... I>
+GENFUSE_HD V add_halves(V v, std::index_sequence<I...>) {
+  return v + __builtin_shufflevector(v, v, static_cast<int>(I ^ Half)...);
+}
 template <class T>
 GENFUSE_HD T sum(Vec<T> v) {
-  T part[kLanes<T>];
-  store(part, v);
-  for (int width = kLanes<T> / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) part[i] += part[i + width];
+  constexpr int lanes = kLanes<T>;
+  constexpr auto all = std::make_index_sequence<lanes>{};
+  if constexpr (lanes >= 16) v = add_halves<8>(v, all);
+  if constexpr (lanes >= 8) v = add_halves<4>(v, all);
+  if constexpr (lanes >= 4) v = add_halves<2>(v, all);
+  return add_halves<1>(v, all)[0];
+}
+
+// In place: rows[i][j] <-> rows[j][i], by log2(lanes) perfect shuffles.
+template <class V, size_t... I>
+GENFUSE_HD V interleave_low(V a, V b, std::index_sequence<I...>) {
+  return __builtin_shufflevector(a, b, static_cast<int>(I / 2 + I % 2 * sizeof...(I))...);
+}
+template <class V, size_t... I>
+GENFUSE_HD V interleave_high(V a, V b, std::index_sequence<I...>) {
+  return __builtin_shufflevector(a, b, static_cast<int>(sizeof...(I) / 2 + I / 2 + I % 2 * sizeof...(I))...);
+}
+template <class T>
+GENFUSE_HD void transpose(Vec<T> (&rows)[kLanes<T>]) {
+  constexpr int lanes = kLanes<T>;
+  constexpr auto all = std::make_index_sequence<lanes>{};
+#pragma GCC unroll 4
+  for (int stage = 1; stage < lanes; stage *= 2) {
+    Vec<T> next[lanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes / 2; ++i) {
+      next[2 * i] = interleave_low(rows[i], rows[i + lanes / 2], all);
+      next[2 * i + 1] = interleave_high(rows[i], rows[i + lanes / 2], all);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) rows[i] = next[i];
   }
-  return part[0];
 }
 
 // x if n lanes or more are wanted, else zeros from lane n on.
@@ -224,12 +255,13 @@ GENFUSE_HD Vec<float> load_bf16(const uint16_t* p) {
   typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
   return reinterpret_cast<Vec<float>>(__builtin_convertvector(*reinterpret_cast<const Half*>(p), Bits) << 16);
 }
-// Round to nearest even; NaN stays NaN.
-GENFUSE_HD uint16_t to_bf16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
-  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+// Rounds to nearest even; NaN stays NaN.
+GENFUSE_HD void store_bf16(uint16_t* p, Vec<float> v) {
+  typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+  typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+  const Bits bits = reinterpret_cast<Bits>(v);
+  const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, quiet = (bits >> 16) | 0x40u;
+  *reinterpret_cast<Half*>(p) = __builtin_convertvector(v == v ? rounded : quiet, Half);
 }
 
 }

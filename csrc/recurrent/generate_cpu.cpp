@@ -202,6 +202,14 @@ class GenerateCpu {
     current = arena.take<int64_t>(p.batch);
   }
 
+  static double work(const Generate& a) {
+    double weights = static_cast<double>(a.vocab * a.layers[a.layer_count - 1].hidden);
+    for (int64_t l = 0; l < a.layer_count; ++l) {
+      weights += 4.0 * static_cast<double>(a.layers[l].hidden * (a.layers[l].hidden + a.layers[l].input));
+    }
+    return weights * static_cast<double>(a.batch * (a.prompt_length + a.length));
+  }
+
   void run(const Executor& executor, int threads) {
     run_team(executor, threads, [&](const Member& m) { member(m); });
   }

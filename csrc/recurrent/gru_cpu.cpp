@@ -30,6 +30,7 @@ class GruForwardCpu : RecurrentCpu<T, 3> {
   T* gates;  // without a reserve: one chunk of W_ih x
 
  public:
+  using Base::work;
   GruForwardCpu(const GruForward<T>& args, Arena& arena, int threads) : Base(args, arena, threads, 1), p(args) {
     packed = seq.rows > kUnpackedRows;
     chunk = chunk_steps(seq, kForwardChunkRows);
@@ -180,6 +181,7 @@ class GruBackwardCpu : RecurrentCpu<T, 3> {
   int64_t tile_size;
 
  public:
+  using Base::work;
   GruBackwardCpu(const GruBackward<T>& args, Arena& arena, int threads) : Base(args, arena, threads, 1), p(args) {
     chunk = chunk_steps(seq, kBackwardChunkRows);
     const int64_t rows = minimum(chunk * seq.batch, seq.rows);

@@ -48,6 +48,7 @@ class LstmForwardCpu : RecurrentCpu<T, 4> {
   T* parts;        // layer norm: moments of each block, [batch][h_vectors][2]
 
  public:
+  using Base::work;
   LstmForwardCpu(const LstmForward<T>& args, Arena& arena, int threads) : Base(args, arena, threads, barriers_per_step(args)), p(args) {
     packed = seq.rows > kUnpackedRows;
     chunk = chunk_steps(seq, kForwardChunkRows);
@@ -399,6 +400,7 @@ class LstmBackwardCpu : RecurrentCpu<T, 4> {
   int64_t tile_size;
 
  public:
+  using Base::work;
   LstmBackwardCpu(const LstmBackward<T>& args, Arena& arena, int threads) : Base(args, arena, threads, barriers_per_step(args)), p(args) {
     chunk = chunk_steps(seq, kBackwardChunkRows);
     const int64_t rows = minimum(chunk * seq.batch, seq.rows);

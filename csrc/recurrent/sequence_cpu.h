@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstring>
 #include <new>
 
 #include "common/gemm.h"
@@ -283,8 +284,11 @@ inline void weight_gradient(const Member& m, int64_t depth, const T* a, int64_t 
       const T* from = a + k * lda + a_first;
       for (int64_t first = begin; first < end; first += kTileRows) {
         T* to = a_tiles + (first - begin) * depth + k * kTileRows;
-        const int64_t n = minimum(kTileRows, end - first);
-        for (int64_t j = 0; j < n; ++j) to[j] = from[first + j];
+        if (first + kTileRows <= end) {
+          std::memcpy(to, from + first, kTileRows * sizeof(T));
+        } else {
+          for (int64_t j = 0; j < end - first; ++j) to[j] = from[first + j];
+        }
       }
     }
     Panels<T>::for_panels({0, vectors}, [&](int64_t v, int width) {
@@ -374,6 +378,12 @@ struct RecurrentCpu {
     if (reg.masks_output()) output_mask = arena.take<T>(seq.batch * ld_s);
     if (reg.zoneout_h > 0) keep_h = arena.take<T>(seq.batch * ld_s);
     if (reg.zoneout_c > 0) keep_c = arena.take<T>(seq.batch * ld_h);
+  }
+
+  template <class Inputs>
+  static double work(const Inputs& in) {
+    const Sequence& s = in.seq;
+    return static_cast<double>(s.rows) * Gates * static_cast<double>(s.hidden) * static_cast<double>(s.input + s.state);
   }
 
   const T* recurrent_weights() const { return dropped != nullptr ? dropped : weights; }
@@ -548,17 +558,27 @@ inline void clear(T* at, int64_t count) {
   for (int64_t i = 0; at != nullptr && i < count; ++i) at[i] = 0;
 }
 
+// Below this many multiply-adds a thread, waking it costs more than it saves.
+inline constexpr double kThreadWork = 100e3;
+
+inline int useful_threads(double multiply_adds, int threads) {
+  const double wanted = multiply_adds / kThreadWork;
+  return wanted < threads ? static_cast<int>(maximum(1, static_cast<int64_t>(wanted))) : threads;
+}
+
+// Run is a kernel's class: Run(arguments, arena, threads), Run::work(arguments), run(executor, threads).
 template <class Run, class Arguments>
 KernelOf<Arguments> kernel_of() {
   return {[](const Arguments& arguments, int threads) {
             Arena arena{nullptr};
-            Run run(arguments, arena, threads);
+            const Run run(arguments, arena, useful_threads(Run::work(arguments), threads));
             return arena.used;
           },
           [](const Arguments& arguments, char* workspace, const Executor& executor) {
             Arena arena{workspace};
-            Run run(arguments, arena, executor.threads);
-            run.run(executor, executor.threads);
+            const int threads = useful_threads(Run::work(arguments), executor.threads);
+            Run run(arguments, arena, threads);
+            run.run(executor, threads);
           }};
 }
 

@@ -1070,8 +1070,7 @@ def lstm_generate(
         temperature: divides the logits; 0 is greedy.
         top_k: keep the k most probable tokens (and those equal to the k-th).
         top_p: keep the smallest set of most probable tokens whose probability, after top_k, reaches top_p.
-        zoneout_h: the zoneout that the layers were trained with (its expectation is applied); the reference serves if
-            not 0.
+        zoneout_h: the zoneout that the layers were trained with (its expectation is applied).
         zoneout_c: the same of the cell.
         generator: where the random pair comes from if neither ``rng`` nor ``u`` is given.
         rng: int64 ``[2]``, the pair (seed, offset): row b's draw at step s is element ``b * 2**32 + s`` of its Philox
@@ -1145,7 +1144,7 @@ def lstm_generate(
         _join(None if state is None else [h for h, _ in state], batch, sizes, embedding),
         _join(None if state is None else [c for _, c in state], batch, sizes, embedding),
         *(u, rng, float(temperature), top_k or 0, 1.0 if top_p is None else float(top_p)),
-        *(len(layers[0]) == 8, eps, weight_dtype is torch.bfloat16),
+        *(len(layers[0]) == 8, eps, zoneout_h, zoneout_c, weight_dtype is torch.bfloat16),
     )
     last = list(zip(h_n.split(sizes, 1), c_n.split(sizes, 1), strict=True)) if return_state else []
     return _answer(tokens, log_probs, last, return_log_probs, return_state)
@@ -1188,8 +1187,7 @@ def gru_generate(
         temperature: divides the logits; 0 is greedy.
         top_k: keep the k most probable tokens (and those equal to the k-th).
         top_p: keep the smallest set of most probable tokens whose probability, after top_k, reaches top_p.
-        zoneout_h: the zoneout that the layers were trained with (its expectation is applied); the reference serves if
-            not 0.
+        zoneout_h: the zoneout that the layers were trained with (its expectation is applied).
         generator: where the random pair comes from if neither ``rng`` nor ``u`` is given.
         rng: int64 ``[2]``, the pair (seed, offset).
         u: floating ``[B, length]``, the uniforms in [0, 1) themselves.
@@ -1248,7 +1246,7 @@ def gru_generate(
         *(_plain(head_weight), None if head_bias is None else _plain(head_bias)),
         _join(state, batch, sizes, embedding),
         *(u, rng, float(temperature), top_k or 0, 1.0 if top_p is None else float(top_p)),
-        weight_dtype is torch.bfloat16,
+        *(zoneout_h, weight_dtype is torch.bfloat16),
     )
     last = list(h_n.split(sizes, 1)) if return_state else []
     return _answer(tokens, log_probs, last, return_log_probs, return_state)
@@ -1660,15 +1658,6 @@ def _cuda_objection(arguments: backends.Arguments) -> str | None:
     return _native.cuda_error()
 
 
-def _generate_objection(name: str) -> Callable[[backends.Arguments], str | None]:
-    def objection(arguments: backends.Arguments) -> str | None:
-        if arguments["zoneout_h"] or arguments.get("zoneout_c"):
-            return "the native decoding loop has no zoneout"
-        return _native_objection(name)(arguments)
-
-    return objection
-
-
 def _enter_backends() -> None:
     entries = backends.Kernel
     half, wide = (torch.float32, torch.bfloat16, torch.float16), backends.FLOATS
@@ -1687,7 +1676,7 @@ def _enter_backends() -> None:
     for name, generate in (("lstm_generate", lstm_generate), ("gru_generate", gru_generate)):
         backends.register_op(name, generate, "embedding")
         backends.register(
-            entries(name, "native", ("cpu",), wide, objection=_generate_objection(name), note="computes in float32")
+            entries(name, "native", ("cpu",), wide, objection=_native_objection(name), note="computes in float32")
         )
         backends.register(entries(name, "reference", (), wide, note="computes in float32"))
     backends.register_op("linear_cross_entropy", linear_cross_entropy, "hidden")

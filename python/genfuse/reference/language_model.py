@@ -122,7 +122,7 @@ class LSTMLanguageModel(torch.nn.Module):
         """Log-probability ``[B]`` of ``tokens[:, 1:]`` given ``tokens[:, 0]``, in nats."""
         if tokens.size(1) < 2:
             return self.head.bias.new_zeros(tokens.size(0))
-        logits, _ = self(tokens[:, :-1], state)
+        logits, _ = self.forward(tokens[:, :-1], state)
         return logits.log_softmax(-1).gather(-1, tokens[:, 1:].unsqueeze(-1)).squeeze(-1).sum(-1)
 
     def loss(self, tokens: Tensor, targets: Tensor, state: Any = None) -> tuple[Tensor, Any]:

@@ -14,8 +14,8 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, RichProgressBar
-from lightning.pytorch.callbacks.progress.rich_progress import CustomTimeColumn, RichProgressBarTheme
-from rich.progress import BarColumn, TextColumn
+from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .checkpoint import LAST, replacing, save_weights
 from .errors import Stopped
@@ -30,7 +30,7 @@ LN2 = math.log(2.0)
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Checkpoints that are replaced in one step, on the disk for good, and read back as tensors and plain values only."""
+    """Checkpoints that are replaced in one step, and read back as tensors and plain values only."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         with replacing(Path(path)) as file:
@@ -235,7 +235,9 @@ class ProgressBar(RichProgressBar):
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            CustomTimeColumn(style="dim"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("left"),
         ]
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:

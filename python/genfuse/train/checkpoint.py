@@ -2,7 +2,7 @@
 
 A saved model is two files in one folder. ``config.json`` says what the model is (class, arguments, vocabulary,
 settings) and does not change during a run; ``model.safetensors`` holds the best weights, is replaced as a whole, and
-carries the SHA-256 of the model that the config describes. So the two always match, and a pair that does not is refused.
+carries the SHA-256 of the model that the config describes. A pair that does not match is refused.
 """
 
 from __future__ import annotations

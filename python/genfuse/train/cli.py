@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from .errors import Stopped, UserError
+from .settings import process_rank
 
 __all__ = ["main"]
 
@@ -41,7 +42,7 @@ def run(arguments: list[str]) -> int:
     except UserError as error:
         return _fail(str(error))
     except Stopped as stop:
-        if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0:
+        if process_rank() == 0:
             print(f"Stopped after step {stop.step}; add --resume to go on from there.", file=sys.stderr)
         return 128 + stop.signal_number
     except KeyboardInterrupt:

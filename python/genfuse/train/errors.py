@@ -6,7 +6,7 @@ __all__ = ["Stopped", "UserError"]
 
 
 class UserError(ValueError):
-    """A wrong input (data, option, checkpoint). Its text is one sentence that says what is wrong and what would be right.
+    """A wrong input (data, option, checkpoint). Its text is one sentence: what is wrong, what would be right.
 
     The command line prints that sentence on stderr and exits with code 2.
     """

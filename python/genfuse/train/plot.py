@@ -52,7 +52,8 @@ def draw_curve(
         axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     content = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(content)
+    FigureCanvasAgg(figure)  # draws without a window system, whatever backend is configured
+    figure.savefig(content, format="png", dpi=120)
     with replacing(path) as file:
         file.write(content.getvalue())
 

@@ -29,7 +29,7 @@ from .checkpoint import (
     write_text,
 )
 from .errors import UserError
-from .settings import OPTION_NAMES, LanguageModelSettings
+from .settings import OPTION_NAMES, LanguageModelSettings, process_rank
 from .text import DEFAULT_DATA, TextData, Tokens, Vocabulary, load_text
 
 if TYPE_CHECKING:
@@ -106,19 +106,24 @@ def train_language_model(
         nodes = (
             max(nodes, int(os.environ.get("WORLD_SIZE", 1)) // local) if "TORCHELASTIC_RUN_ID" in os.environ else nodes
         )
-    first = _process_rank() == 0
+    if accelerator == "auto":
+        accelerator = "gpu" if torch.cuda.is_available() else "cpu"  # other devices have no kernels of ours
+    first = process_rank() == 0
     say = say if first else _silent
     folder = choose_folder("lstm", out, resume, processes=devices != "1" or nodes > 1)
 
     settings = _settings(given, folder, resume)
-    resume = resume and (folder / CONFIG).exists()
+    begun = (folder / CONFIG).exists()
+    if resume and not begun:
+        say(f"There is no run in {folder} yet: beginning one.")
+    resume = resume and begun
     source = load_text(settings.data)
     saved = read_config(folder) if resume else None
     if saved is not None and saved["run"]["fingerprint"] != source.fingerprint:
         raise UserError(
             f"{source.name} has changed since the run in {folder} began, which cannot go on with other text."
         )
-    data = TextData(source, settings.level, held_out=settings.held_out, context=settings.context)  # type: ignore[arg-type]
+    data = TextData(source, settings.level, held_out=settings.held_out, context=settings.context)
     arguments = settings.model_arguments(data.vocabulary.size)
     run = {"settings": settings.to_json(), "data": source.name, "fingerprint": source.fingerprint}
     config = make_config("LSTMLanguageModel", arguments, data.vocabulary, run)
@@ -144,12 +149,6 @@ def train_language_model(
     if not first:
         return None
     return _finish(folder, data, settings, plan, recorder if done < plan.total_steps else None, say)
-
-
-def _process_rank() -> int:
-    from lightning.pytorch.utilities.rank_zero import rank_zero_only
-
-    return int(rank_zero_only.rank or 0)
 
 
 def _settings(given: dict[str, Any], folder: Path, resume: bool) -> LanguageModelSettings:
@@ -335,9 +334,8 @@ def _finish(
     write_text(report, json.dumps(metrics, indent=2) + "\n")
     say("")
     say(f"best model at step {best[0]}, on held-out text:")
-    say(
-        f"  {metrics['held_out_bits_per_char']:.4f} bits/char, perplexity {metrics['held_out_perplexity']:.3f} per character"
-    )
+    say(f"  {metrics['held_out_bits_per_char']:.4f} bits/char")
+    say(f"  perplexity {metrics['held_out_perplexity']:.3f} per character")
     say(f"  BLEU-4 of samples {metrics['bleu']:.4f}")
     say(f"  {_duration(seconds)} of training, {metrics['tokens_per_second']:,} tokens/s")
     say("")
@@ -353,8 +351,7 @@ def _finish(
 def _first_words(text: str, most: int = 24) -> str:
     """The first line with letters in it, to begin a sample with."""
     line = next((line.strip() for line in text.splitlines()[1:] if len(line.split()) > 2), text.strip() or text)
-    words = line[:most].rsplit(" ", 1)[0] if " " in line[:most] else line[:most]
-    return words
+    return line[:most].rsplit(" ", 1)[0] if " " in line[:most] else line[:most]
 
 
 def _duration(seconds: float) -> str:
@@ -492,7 +489,7 @@ def evaluate(saved: SavedModel, data: str | None = None) -> dict[str, Any]:
             raise UserError(f"{source.name} has changed since the model was trained: name a text with --data.")
         parts = TextData(
             source,
-            settings.level,  # type: ignore[arg-type]
+            settings.level,
             held_out=settings.held_out,
             context=settings.context,
             vocabulary=saved.vocabulary,

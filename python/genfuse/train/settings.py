@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from .errors import UserError
 
-__all__ = ["CELLS", "LEVELS", "LanguageModelSettings"]
+__all__ = ["CELLS", "LEVELS", "LanguageModelSettings", "process_rank"]
 
 CELLS = ("lstm", "layernorm_lstm", "gru")
 LEVELS = ("char", "byte")
@@ -26,7 +27,7 @@ class LanguageModelSettings:
     """
 
     data: str | None = None
-    level: str = "char"
+    level: Literal["char", "byte"] = "char"
     held_out: float = 0.1
     cell: str = "lstm"
     hidden_size: int = 512
@@ -104,3 +105,11 @@ def _option(name: str) -> str:
 
 
 OPTION_NAMES = {"activation_regularization": "ar", "temporal_activation_regularization": "tar"}
+
+
+def process_rank() -> int:
+    """This process's number among those of a run, from whoever started it: torchrun, Lightning, or Slurm."""
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
+        if name in os.environ:
+            return int(os.environ[name])
+    return 0

@@ -1,8 +1,8 @@
 """Text as training data: reading it, splitting it, numbering its characters or bytes, and cutting it into windows.
 
-The order in which windows are read is a pure function of the seed and the global step (`WindowOrder`): there is no state
-to save, so a run that was killed and resumed reads exactly what an uninterrupted one reads, whatever the number of
-processes among which a batch is divided.
+The order in which windows are read is a pure function of the seed and the global step (`WindowOrder`): with no state to
+save, a run that was killed and resumed reads exactly what an uninterrupted one reads, whatever the number of processes
+among which a batch is divided.
 """
 
 from __future__ import annotations

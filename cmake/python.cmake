@@ -91,7 +91,7 @@ if(GENFUSE_BUILD_CUDA)
     # until the library is loaded, which happens only where torch has CUDA.
     target_compile_definitions(genfuse_cuda PRIVATE USE_CUDA)
     target_compile_options(genfuse_cuda PRIVATE $<$<COMPILE_LANGUAGE:CXX>:${GENFUSE_WARNINGS}>
-        $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra --expt-relaxed-constexpr -Xptxas=-v>)
+        $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra --expt-relaxed-constexpr>)
     if(GENFUSE_WERROR)
         target_compile_options(genfuse_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings>)
     endif()

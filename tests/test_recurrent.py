@@ -19,7 +19,7 @@ from genfuse import backends, nn, ops, reference
 from genfuse.ops import recurrent as recurrent_ops
 from genfuse.reference import random as reference_random
 from recurrent_cases import CASES, Problem, make
-from tolerances import assert_as_accurate
+from tolerances import assert_as_accurate, eager_runs
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
@@ -549,7 +549,7 @@ def test_compiles_once_for_all_batch_sizes_and_lengths(kind: str, arguments: dic
         compiled(x)[0].sum().backward()
         counts.append(counter.frame_count)
     assert counts[1:] == counts[:-1]
-    assert counter.op_count < 60  # nothing was unrolled over time
+    assert counter.op_count < 80  # nothing was unrolled over time
     layer.eval()
     torch.testing.assert_close(compiled(x)[0], layer(x)[0])
 

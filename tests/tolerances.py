@@ -101,7 +101,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def nudged(tensor: Tensor, run: int) -> Tensor:
-    """A tensor in the dtype that it is computed in, its elements moved by half a unit in the last place; as is in run 0.
+    """A tensor in the dtype it is computed in, its elements moved by half a unit in the last place; as is in run 0.
 
     Run 0 of a float64 tensor is nudged too: as it is, it gives the exact result.
     """

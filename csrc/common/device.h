@@ -13,8 +13,6 @@
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
-#define GENFUSE_SHARED __shared__
-
 namespace genfuse {
 
 // All threads of a cooperative launch; what was written before is seen after.

@@ -331,7 +331,8 @@ class GenerateCpu {
     const float* h_old = layer.h[s & 1];
     const float* below = l > 0 ? layers[l - 1].h[1 - (s & 1)] : nullptr;
     alignas(64) float tile_h[kTileRows * 4 * L], tile_x[kTileRows * 4 * L];
-    for (int64_t v = units.begin; v < units.end; ++v) {
+    for (int64_t i = units.begin; i < units.end; ++i) {
+      const int64_t v = to_and_fro(i, units, s);
       for_tiles(place.rows.begin, place.rows.end, [&](int64_t first, int count) {
         const float *from[kTileRows], *x_part[kTileRows];
         for (int r = 0; r < count; ++r) from[r] = h_old + (first + r) * layer.ld;

@@ -67,6 +67,7 @@ struct BlockScratch {
   int64_t index[kWarps];
   int64_t chosen;
 };
+static_assert(sizeof(BlockScratch) <= kGenerateScratchBytes);
 
 // The block's sum, in every thread, always added in the same order.
 template <class X>
@@ -322,7 +323,7 @@ __device__ inline void normalised_cell(const CudaGenerate<W>& p, int l, int64_t 
   const int64_t H = layer.hidden, half = p.batch * p.state;
   const float* x = p.raw + row * 4 * largest;
   const float* h = x + p.batch * 4 * largest;
-  float* cell = reinterpret_cast<float*>(shared_memory());
+  float* cell = reinterpret_cast<float*>(shared_memory() + kGenerateScratchBytes);
   float* out = cell + largest;
   const auto moments = [&](const auto& at, int64_t n, float& mean, float& rstd) {
     float sum = 0.0f;
@@ -386,7 +387,7 @@ __device__ inline void head_step(const CudaGenerate<W>& p, int64_t s) {
 
 template <int kRows, class W>
 __global__ void __launch_bounds__(kGenerateThreads, 1) generate(CudaGenerate<W> p, int64_t largest) {
-  GENFUSE_SHARED BlockScratch scratch;
+  BlockScratch& scratch = *reinterpret_cast<BlockScratch*>(shared_memory());
   const int64_t everyone = static_cast<int64_t>(gridDim.x) * kGenerateThreads;
   const int64_t me = static_cast<int64_t>(blockIdx.x) * kGenerateThreads + threadIdx.x;
   for (int64_t i = me; i < p.batch * p.state; i += everyone) {

@@ -8,8 +8,9 @@
 
 namespace genfuse {
 
-constexpr int kGenerateThreads = 256;
+constexpr int kGenerateThreads = kPersistentThreads;
 constexpr int kMaxGenerateLayers = 16;
+constexpr int64_t kGenerateScratchBytes = 8 * kGenerateThreads + 512;
 
 enum class CudaCell : int { lstm, layer_norm_lstm, gru };
 
@@ -52,17 +53,17 @@ struct CudaGenerate {
   float* c_n = nullptr;        // [batch, state]; the cell state while the kernel runs
 };
 
-// Bytes of dynamic shared memory; the layer norm's block keeps one layer's cells there.
+// Bytes of dynamic shared memory: scratch for sums over a block and, with layer norm, one layer's cells.
 inline int64_t generate_shared_bytes(int64_t largest_hidden, bool layer_norm) {
-  return layer_norm ? round_up(largest_hidden * 2 * 4, 16) : 16;
+  return kGenerateScratchBytes + (layer_norm ? round_up(largest_hidden * 2 * 4, 16) : 0);
 }
 
 // Why the kernel cannot serve a model, or null.
-inline const char* generate_objection(int64_t largest_hidden, int layers, bool layer_norm, const DeviceLimits& device) {
+inline const char* generate_objection(int64_t largest_hidden, int64_t layers, bool layer_norm,
+                                      const DeviceLimits& device) {
   if (!device.cooperative) return "the device has no cooperative launch";
   if (layers > kMaxGenerateLayers) return "the model has more than 16 layers";
-  // What the kernel declares statically is small and counts too.
-  if (generate_shared_bytes(largest_hidden, layer_norm) + 8192 > device.shared_per_block) {
+  if (generate_shared_bytes(largest_hidden, layer_norm) > device.shared_per_block) {
     return "the largest layer does not fit into the device's shared memory";
   }
   return nullptr;

@@ -16,11 +16,12 @@ namespace {
 template <class T>
 class GruForwardCpu : RecurrentCpu<T, 3> {
   using Base = RecurrentCpu<T, 3>;
-  using Base::g, Base::H, Base::L, Base::ld_h, Base::seq;
+  using Base::g, Base::G, Base::H, Base::L, Base::ld_h, Base::seq;
   using V = Vec<T>;
 
   const GruForward<T>& p;
-  bool packed;
+  bool packed;       // W_hh; W_ih is packed if there are rows enough
+  bool packed_input;
   int64_t chunk;
   Panels<T> w_ih, w_hh;
   T* bias;  // [h_vectors][4][L]: r, z, and the candidate's two
@@ -33,9 +34,11 @@ class GruForwardCpu : RecurrentCpu<T, 3> {
   using Base::work;
   GruForwardCpu(const GruForward<T>& args, Arena& arena, int threads) : Base(args, arena, threads, 1), p(args) {
     packed = seq.rows > kUnpackedRows;
+    packed_input = seq.rows > kUnpackedProjectionRows;
     chunk = chunk_steps(seq, kForwardChunkRows);
     const int64_t rows = minimum(chunk * seq.batch, seq.rows);
-    w_ih = {packed ? arena.take<T>(3 * ld_h * seq.input) : nullptr, seq.input, 3 * ld_h};
+    const int64_t few = packed ? Panels<T>::size(seq.input, rows) : 0;
+    w_ih = {arena.take<T>(packed_input ? 3 * ld_h * seq.input : few), seq.input, 3 * ld_h};
     w_hh = {packed ? arena.take<T>(3 * ld_h * H) : nullptr, H, 3 * ld_h};
     bias = arena.take<T>(4 * ld_h);
     h[0] = arena.take<T>(seq.batch * ld_h);
@@ -82,9 +85,11 @@ class GruForwardCpu : RecurrentCpu<T, 3> {
         to[2 * L] = of(p.b_ih, 2);
         to[3 * L] = of(p.b_hh, 2);
       }
-      if (packed) {
+      if (packed_input) {
         pack_columns<T>(3 * L, seq.input, [&](int64_t j) { return this->column(p.w_ih, seq.input, v, j); },
                         w_ih.panel(3 * v));
+      }
+      if (packed) {
         pack_columns<T>(3 * L, H, [&](int64_t j) { return this->column(this->recurrent_weights(), H, v, j); },
                         w_hh.panel(3 * v));
       }
@@ -111,6 +116,11 @@ class GruForwardCpu : RecurrentCpu<T, 3> {
   }
 
   void project_input(const Member& m, const Chunk& part) {
+    if (packed && !packed_input) {
+      project_few<T>(m, part.rows, x_rows, p.w_ih, G, seq.input, w_ih.data,
+                     [&](int64_t row) { return gates_row(part, part.first_row + row); });
+      return;
+    }
     alignas(64) T tile[kTileRows * 4 * L];
     const Range units = m.share(this->h_vectors);
     for (int64_t v = units.begin; v < units.end; ++v) {
@@ -132,7 +142,8 @@ class GruForwardCpu : RecurrentCpu<T, 3> {
     const Range units = split(this->h_vectors, place.lanes, place.lane);
     this->draw_zoneout(t, rows, units, units);
     alignas(64) T tile[kTileRows * 4 * L];
-    for (int64_t v = units.begin; v < units.end; ++v) {
+    for (int64_t i = units.begin; i < units.end; ++i) {
+      const int64_t v = to_and_fro(i, units, s);
       for_tiles(rows.begin, rows.end, [&](int64_t first, int count) {
         const T* from[kTileRows];
         for (int r = 0; r < count; ++r) from[r] = h[s & 1] + (first + r) * ld_h;
@@ -268,7 +279,7 @@ class GruBackwardCpu : RecurrentCpu<T, 3> {
           }
         }
       });
-    });
+    }, s);
   }
 
   void cell(const Chunk& part, int64_t t, int64_t b, int64_t v) {

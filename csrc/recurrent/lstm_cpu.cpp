@@ -31,7 +31,8 @@ class LstmForwardCpu : RecurrentCpu<T, 4> {
 
   const LstmForward<T>& p;
   const LstmInputs<T>& in = p;
-  bool packed;
+  bool packed;       // W_hh; W_ih is packed if there are rows enough
+  bool packed_input;
   int64_t chunk;
   Panels<T> w_ih, w_hh, w_hr;
   T* bias;         // [h_vectors][4][L]
@@ -51,10 +52,12 @@ class LstmForwardCpu : RecurrentCpu<T, 4> {
   using Base::work;
   LstmForwardCpu(const LstmForward<T>& args, Arena& arena, int threads) : Base(args, arena, threads, barriers_per_step(args)), p(args) {
     packed = seq.rows > kUnpackedRows;
+    packed_input = seq.rows > kUnpackedProjectionRows;
     chunk = chunk_steps(seq, kForwardChunkRows);
     const int64_t rows = minimum(chunk * seq.batch, seq.rows);
     const bool ln = in.layer_norm(), save = p.reserve.cells != nullptr;
-    w_ih = {packed ? arena.take<T>(4 * ld_h * seq.input) : nullptr, seq.input, 4 * ld_h};
+    const int64_t few = packed ? Panels<T>::size(seq.input, rows) : 0;
+    w_ih = {arena.take<T>(packed_input ? 4 * ld_h * seq.input : few), seq.input, 4 * ld_h};
     w_hh = {packed ? arena.take<T>(4 * ld_h * S) : nullptr, S, 4 * ld_h};
     w_hr = {in.projected() && packed ? arena.take<T>(ld_s * H) : nullptr, H, S};
     bias = arena.take<T>(4 * ld_h);
@@ -113,9 +116,11 @@ class LstmForwardCpu : RecurrentCpu<T, 4> {
           bias[(v * 4 + gate) * L + l] = sum;
         }
       }
-      if (packed) {
+      if (packed_input) {
         pack_columns<T>(4 * L, seq.input, [&](int64_t j) { return this->column(in.w_ih, seq.input, v, j); },
                         w_ih.panel(4 * v));
+      }
+      if (packed) {
         pack_columns<T>(4 * L, S, [&](int64_t j) { return this->column(this->recurrent_weights(), S, v, j); }, w_hh.panel(4 * v));
       }
     }
@@ -162,6 +167,11 @@ class LstmForwardCpu : RecurrentCpu<T, 4> {
   }
 
   void project_input(const Member& m, const Chunk& part) {
+    if (packed && !packed_input) {
+      project_few<T>(m, part.rows, x_rows, in.w_ih, G, seq.input, w_ih.data,
+                     [&](int64_t row) { return gates_row(part, part.first_row + row); });
+      return;
+    }
     alignas(64) T tile[kTileRows * 4 * L];
     const Range units = m.share(this->h_vectors);
     for (int64_t v = units.begin; v < units.end; ++v) {
@@ -195,7 +205,8 @@ class LstmForwardCpu : RecurrentCpu<T, 4> {
     this->draw_zoneout(t, rows, units, states);
     const T* h_prev = h[s & 1];
     alignas(64) T tile[kTileRows * 4 * L];
-    for (int64_t v = units.begin; v < units.end; ++v) {
+    for (int64_t i = units.begin; i < units.end; ++i) {
+      const int64_t v = to_and_fro(i, units, s);
       for_tiles(rows.begin, rows.end, [&](int64_t first, int count) {
         const T* from[kTileRows];
         for (int r = 0; r < count; ++r) from[r] = h_prev + (first + r) * ld_s;
@@ -521,7 +532,7 @@ class LstmBackwardCpu : RecurrentCpu<T, 4> {
           }
         }
       });
-    });
+    }, s);
   }
 
   V enter_h(int64_t t, int64_t b, int64_t v) { return Base::enter_h(p.grad_y, dh, t, b, v); }

@@ -145,9 +145,75 @@ __global__ void __launch_bounds__(kPersistentThreads, 1) lstm_persistent_backwar
   }
 }
 
+template <class T>
+__global__ void dropout(Dropout<T> p) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= p.count) return;
+  const float u = philox_uniform(static_cast<uint64_t>(p.rng[0]), static_cast<uint64_t>(p.rng[1]) + p.stream,
+                                 static_cast<uint64_t>(i % p.period));
+  const bool kept = static_cast<double>(u) >= p.p;
+  const float scale = static_cast<float>(p.p >= 1 ? 0.0 : 1.0 / (1.0 - p.p));
+  p.out[i] = from_float<T>(kept ? (p.x == nullptr ? 1.0f : to_float(p.x[i])) * scale : 0.0f);
+}
+
+template <class T>
+__global__ void previous_states(PreviousStates<T> p) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= p.steps * p.batch * p.hidden) return;
+  const int64_t place = i / p.hidden, t = place / p.batch, t_old = p.reverse ? t + 1 : t - 1;
+  float h = 0.0f;
+  if (p.resets == nullptr || !p.resets[place]) {
+    const int64_t from = i + (t_old - t) * p.batch * p.hidden;
+    if (t_old < 0 || t_old >= p.steps) {
+      h = p.h0[i % (p.batch * p.hidden)];
+    } else {
+      h = p.kept != nullptr ? p.kept[from] : to_float(p.y[from]);
+    }
+  }
+  p.out[i] = from_float<T>(h);
+}
+
 }  // namespace
 
 #ifndef GENFUSE_CUDA_ON_HOST
+
+namespace {
+
+template <class Arguments>
+int launch_elements(void (*kernel)(Arguments), const Arguments& arguments, int64_t count, void* stream) {
+  if (count == 0) return 0;
+  constexpr int threads = 256;
+  kernel<<<static_cast<unsigned>((count + threads - 1) / threads), threads, 0, static_cast<cudaStream_t>(stream)>>>(
+      arguments);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+template <class T>
+int launch_dropout(const Dropout<T>& p, void* stream) {
+  return launch_elements(dropout<T>, p, p.count, stream);
+}
+template <class T>
+int launch_previous_states(const PreviousStates<T>& p, void* stream) {
+  return launch_elements(previous_states<T>, p, p.steps * p.batch * p.hidden, stream);
+}
+template int launch_dropout(const Dropout<float>&, void*);
+template int launch_dropout(const Dropout<BFloat16>&, void*);
+template int launch_previous_states(const PreviousStates<float>&, void*);
+template int launch_previous_states(const PreviousStates<BFloat16>&, void*);
+
+DeviceLimits device_limits(int device) {
+  const auto ask = [device](cudaDeviceAttr attribute) {
+    int value = 0;
+    cudaDeviceGetAttribute(&value, attribute, device);
+    return value;
+  };
+  return {ask(cudaDevAttrMultiProcessorCount), ask(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+          ask(cudaDevAttrCooperativeLaunch) != 0};
+}
+
+const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
 template <class T>
 int launch_lstm_forward(const PersistentForward<T>& p, void* stream) {

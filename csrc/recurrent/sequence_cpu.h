@@ -67,6 +67,12 @@ struct Geometry {
   bool ends_at(int64_t t, int64_t b) const { return t + 1 == seq.steps || b >= active(t + 1); }
 };
 
+// Every other step goes through the weights backwards: of a share larger than the private cache, the part that was read
+// last is still there when the next step begins.
+GENFUSE_HD int64_t to_and_fro(int64_t i, Range range, int64_t step) {
+  return step % 2 == 0 ? i : range.end - 1 - (i - range.begin);
+}
+
 // A range of steps [begin, end) in processing order; its rows are contiguous.
 struct Chunk {
   int64_t begin, end, first_row, rows;
@@ -235,10 +241,12 @@ struct Panels {
   T* panel(int64_t vector) const { return data + vector * kLanes<T> * depth; }
   static int64_t size(int64_t depth, int64_t columns) { return ceil_div(columns, kLanes<T>) * kLanes<T> * depth; }
 
-  // Calls f(first vector, width in vectors) for the panels of a run of vectors.
+  // Calls f(first vector, width in vectors) for the panels of a run of vectors, in the order of to_and_fro.
   template <class F>
-  static void for_panels(Range run, F f) {
-    for (int64_t v = run.begin; v < run.end; v += kPanelVectors) {
+  static void for_panels(Range run, F f, int64_t step = 0) {
+    const Range panels{0, ceil_div(run.end - run.begin, kPanelVectors)};
+    for (int64_t i = 0; i < panels.end; ++i) {
+      const int64_t v = run.begin + to_and_fro(i, panels, step) * kPanelVectors;
       f(v, static_cast<int>(minimum(kPanelVectors, run.end - v)));
     }
   }
@@ -552,6 +560,46 @@ struct RecurrentCpu {
     });
   }
 };
+
+// Up to this many rows in all, W_ih is read where it lies: it becomes the operand that needs no packing, and the few rows
+// of x are packed instead.
+inline constexpr int64_t kUnpackedProjectionRows = 128;
+
+// out(row)[0 .. count) = W x_rows[row] for a few rows. `panels` holds Panels<T>::size(depth, rows).
+template <class T, class Out>
+inline void project_few(const Member& m, int64_t rows, const T* const* x_rows, const T* w, int64_t count, int64_t depth,
+                        T* panels, Out out) {
+  constexpr int L = kLanes<T>;
+  const Panels<T> x{panels, depth, rows};
+  const auto x_row = [&](int64_t row) { return row < rows ? x_rows[row] : nullptr; };
+  const Range mine = m.share(x.vectors());
+  // Whole panels are packed by their first member; a panel is at most four vectors wide.
+  Panels<T>::for_panels({0, x.vectors()}, [&](int64_t v, int width) {
+    if (v < mine.begin || v >= mine.end) return;
+    pack_columns<T>(width * L, depth, [&](int64_t j) { return x_row(v * L + j); }, x.panel(v));
+  });
+  m.wait();
+  alignas(64) T tile[kTileRows * kPanel<T>], block[L * kPanel<T>];
+  const Range blocks = m.share(ceil_div(count, L));
+  Panels<T>::for_panels({0, x.vectors()}, [&](int64_t v, int width) {
+    for (int64_t n0 = blocks.begin * L; n0 < minimum(blocks.end * L, count); n0 += L) {
+      const int64_t n = minimum(L, count - n0);
+      for_tiles(0, n, [&](int64_t first, int rows_here) {
+        const T* from[kTileRows];
+        for (int r = 0; r < rows_here; ++r) from[r] = w + (n0 + first + r) * depth;
+        multiply(rows_here, width, depth, from, 1, x.panel(v), tile);
+        std::memcpy(block + first * width * L, tile, static_cast<size_t>(rows_here * width * L) * sizeof(T));
+      });
+      for (int i = 0; i < width; ++i) {
+        Vec<T> square[L];
+        for (int r = 0; r < L; ++r) square[r] = r < n ? load(block + (r * width + i) * L) : Vec<T>{};
+        transpose<T>(square);
+        const int64_t row0 = (v + i) * L;
+        for (int64_t r = 0; r < minimum(L, rows - row0); ++r) store_upto(out(row0 + r) + n0, square[r], n);
+      }
+    }
+  });
+}
 
 template <class T>
 inline void clear(T* at, int64_t count) {

@@ -8,7 +8,10 @@
 
 namespace genfuse {
 
-constexpr int kPersistentThreads = 256;
+#ifndef GENFUSE_PERSISTENT_THREADS  // tests/cuda_host runs smaller blocks
+#define GENFUSE_PERSISTENT_THREADS 256
+#endif
+constexpr int kPersistentThreads = GENFUSE_PERSISTENT_THREADS;
 constexpr int kRowTile = 8;  // batch rows that a warp works on at a time
 
 struct DeviceLimits {
@@ -126,13 +129,30 @@ int launch_gru_backward(const PersistentBackward<T>& arguments, void* stream);
 
 // out[i] = x[i] * (u >= p) / (1 - p) under the mask's element i % period; x null: ones.
 template <class T>
-int launch_dropout(const T* x, T* out, int64_t count, int64_t period, double p, const int64_t* rng, int stream_index,
-                   void* stream);
+struct Dropout {
+  const T* x = nullptr;
+  T* out = nullptr;
+  int64_t count = 0, period = 1;
+  double p = 0;
+  const int64_t* rng = nullptr;
+  uint64_t stream = 0;  // of random numbers
+};
+template <class T>
+int launch_dropout(const Dropout<T>& arguments, void* stream);
 
-// The state that each row of a dense sequence starts from, [steps * batch, hidden]; 0 where it is reset. S: float or T.
-template <class T, class S>
-int launch_shift(const S* states, const T* h0, const bool* resets, T* out, int64_t steps, int64_t batch,
-                 int64_t hidden, bool reverse, void* stream);
+// The state that each row of a dense sequence starts from, [steps * batch, hidden]; 0 where it is reset.
+template <class T>
+struct PreviousStates {
+  const float* kept = nullptr;  // h before the output mask, float32; null: y
+  const T* y = nullptr;
+  const float* h0 = nullptr;
+  const bool* resets = nullptr;
+  T* out = nullptr;
+  int64_t steps = 0, batch = 0, hidden = 0;
+  bool reverse = false;
+};
+template <class T>
+int launch_previous_states(const PreviousStates<T>& arguments, void* stream);
 
 DeviceLimits device_limits(int device);
 const char* error_text(int error);

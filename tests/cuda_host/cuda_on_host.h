@@ -1,25 +1,38 @@
-// CUDA's execution model on host threads, enough for the kernels of csrc: every thread of a grid is a thread, barriers
-// and shuffles meet as they do on the device, and shared memory is an allocation of exactly the size that the launch
-// asks for, filled with NaN. So AddressSanitizer sees an access out of bounds, ThreadSanitizer a missing barrier, and a
-// barrier that some threads never reach is a test that hangs (and is stopped) rather than a device that does.
+// CUDA's execution model on the host, enough for the kernels of csrc: barriers and shuffles meet as they do on the device,
+// and shared memory is an allocation of exactly the size that the launch asks for, filled with NaN.
+//
+// A grid's threads run either as fibers of one thread, in lockstep from barrier to barrier and in an order that the test
+// chooses (for AddressSanitizer: accesses out of bounds; a result that depends on the order is a race; a barrier that
+// some thread never reaches ends the program), or, with GENFUSE_HOST_THREADS, as threads (for ThreadSanitizer: what a
+// missing barrier leaves unordered).
 #pragma once
 
 #include <cmath>
-#include <condition_variable>
 #include <cstdint>
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <vector>
+
+#ifdef GENFUSE_HOST_THREADS
+#include <condition_variable>
 #include <mutex>
 #include <thread>
-#include <vector>
+#else
+#include <ucontext.h>
+
+#include <cstdio>
+#include <cstdlib>
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#define GENFUSE_FIBER_ASAN 1
+#endif
+#endif
 
 #define __global__
 #define __device__
 #define __host__
 #define __launch_bounds__(...)
-// One instance a block: which is what a block's threads share here, too, because a block's threads are handed it.
-#define GENFUSE_SHARED static thread_local
 
 struct float4 {
   float x, y, z, w;
@@ -31,31 +44,147 @@ struct Dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
 
-inline thread_local Dim3 threadIdx, blockIdx, blockDim, gridDim;
-
 namespace cuda_host {
 
-class Barrier {
- public:
-  explicit Barrier(int size) : size_(size) {}
+struct Barrier;
+struct Block;
+
+// A thread of the grid.
+struct Self {
+  Dim3 thread, block_index, block_size, grid_size;
+  Block* block = nullptr;
+  Barrier* grid = nullptr;
+};
+
+#ifdef GENFUSE_HOST_THREADS
+
+inline thread_local Self self;
+inline Self& me() { return self; }
+
+struct Barrier {
+  explicit Barrier(int count) : size(count) {}
   void wait() {
-    std::unique_lock<std::mutex> lock(mutex_);
-    const uint64_t mine = phase_;
-    if (++arrived_ == size_) {
-      arrived_ = 0;
-      ++phase_;
-      changed_.notify_all();
+    std::unique_lock<std::mutex> lock(mutex);
+    const uint64_t mine = phase;
+    if (++arrived == size) {
+      arrived = 0;
+      ++phase;
+      changed.notify_all();
     } else {
-      changed_.wait(lock, [&] { return phase_ != mine; });
+      changed.wait(lock, [&] { return phase != mine; });
     }
   }
-
- private:
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  int size_, arrived_ = 0;
-  uint64_t phase_ = 0;
+  std::mutex mutex;
+  std::condition_variable changed;
+  int size, arrived = 0;
+  uint64_t phase = 0;
 };
+
+inline void run_all(std::vector<Self>& threads, const std::function<void()>& kernel) {
+  std::vector<std::thread> running;
+  for (const Self& thread : threads) {
+    running.emplace_back([&] {
+      self = thread;
+      kernel();
+    });
+  }
+  for (auto& thread : running) thread.join();
+}
+
+#else
+
+enum class Order { forward, backward };
+inline Order order = Order::forward;
+
+struct Fiber {
+  static constexpr size_t kStack = 256 << 10;
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[kStack]};
+  void* fake_stack = nullptr;
+  Self* self = nullptr;
+  bool done = false;
+};
+
+inline ucontext_t scheduler;
+inline void* scheduler_fake_stack = nullptr;
+inline const void* scheduler_stack = nullptr;
+inline size_t scheduler_stack_size = 0;
+inline Fiber* current = nullptr;
+inline const std::function<void()>* body = nullptr;
+inline bool progress = false;
+
+inline Self& me() { return *current->self; }
+
+inline void to_scheduler(bool last) {
+#ifdef GENFUSE_FIBER_ASAN
+  __sanitizer_start_switch_fiber(last ? nullptr : &current->fake_stack, scheduler_stack, scheduler_stack_size);
+#endif
+  (void)last;
+  Fiber* const mine = current;
+  swapcontext(&mine->context, &scheduler);
+#ifdef GENFUSE_FIBER_ASAN
+  __sanitizer_finish_switch_fiber(mine->fake_stack, &scheduler_stack, &scheduler_stack_size);
+#endif
+}
+
+struct Barrier {
+  explicit Barrier(int count) : size(count) {}
+  void wait() {
+    const uint64_t mine = phase;
+    if (++arrived == size) {
+      arrived = 0;
+      ++phase;
+      progress = true;
+    }
+    while (phase == mine) to_scheduler(false);
+  }
+  int size, arrived = 0;
+  uint64_t phase = 0;
+};
+
+inline void enter() {
+#ifdef GENFUSE_FIBER_ASAN
+  __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_size);
+#endif
+  (*body)();
+  current->done = progress = true;
+  to_scheduler(true);
+}
+
+inline void run_all(std::vector<Self>& threads, const std::function<void()>& kernel) {
+  std::vector<Fiber> fibers(threads.size());
+  body = &kernel;
+  for (size_t i = 0; i < fibers.size(); ++i) {
+    Fiber& fiber = fibers[i];
+    fiber.self = &threads[order == Order::forward ? i : fibers.size() - 1 - i];
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = Fiber::kStack;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, enter, 0);
+  }
+  for (size_t left = fibers.size(); left > 0;) {
+    progress = false;
+    for (Fiber& fiber : fibers) {
+      if (fiber.done) continue;
+      current = &fiber;
+#ifdef GENFUSE_FIBER_ASAN
+      __sanitizer_start_switch_fiber(&scheduler_fake_stack, fiber.stack.get(), Fiber::kStack);
+#endif
+      swapcontext(&scheduler, &fiber.context);
+#ifdef GENFUSE_FIBER_ASAN
+      __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
+#endif
+      left -= fiber.done ? 1 : 0;
+    }
+    if (!progress) {
+      std::fputs("a barrier that not every thread reaches\n", stderr);
+      std::abort();
+    }
+  }
+}
+
+#endif
 
 struct Warp {
   explicit Warp(int size) : barrier(size) {}
@@ -64,52 +193,45 @@ struct Warp {
 };
 
 struct Block {
-  Block(int threads, size_t shared_bytes, size_t static_bytes) : barrier(threads), statics(new char[static_bytes]) {
+  Block(int threads, size_t shared_bytes) : barrier(threads) {
     for (int t = 0; t < threads; t += 32) warps.push_back(std::make_unique<Warp>(threads - t < 32 ? threads - t : 32));
     // Vector loads want 16 bytes, and so does CUDA.
     shared = static_cast<char*>(::operator new(shared_bytes, std::align_val_t(16)));
     std::memset(shared, 0xff, shared_bytes);
-    std::memset(statics.get(), 0xff, static_bytes);
   }
   ~Block() { ::operator delete(shared, std::align_val_t(16)); }
   Barrier barrier;
   std::vector<std::unique_ptr<Warp>> warps;
   char* shared;
-  std::unique_ptr<char[]> statics;
 };
 
-inline thread_local Block* block = nullptr;
-inline thread_local Barrier* grid = nullptr;
-
-inline void launch(int blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel,
-                   size_t static_bytes = 1) {
+inline void launch(int blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
   Barrier all(blocks * threads);
   std::vector<std::unique_ptr<Block>> made;
-  for (int b = 0; b < blocks; ++b) made.push_back(std::make_unique<Block>(threads, shared_bytes, static_bytes));
-  std::vector<std::thread> running;
+  std::vector<Self> selves;
   for (int b = 0; b < blocks; ++b) {
+    made.push_back(std::make_unique<Block>(threads, shared_bytes));
     for (int t = 0; t < threads; ++t) {
-      running.emplace_back([&, b, t] {
-        threadIdx.x = static_cast<unsigned>(t);
-        blockIdx.x = static_cast<unsigned>(b);
-        blockDim.x = static_cast<unsigned>(threads);
-        gridDim.x = static_cast<unsigned>(blocks);
-        block = made[static_cast<size_t>(b)].get();
-        grid = &all;
-        kernel();
-      });
+      Self one;
+      one.thread.x = static_cast<unsigned>(t);
+      one.block_index.x = static_cast<unsigned>(b);
+      one.block_size.x = static_cast<unsigned>(threads);
+      one.grid_size.x = static_cast<unsigned>(blocks);
+      one.block = made.back().get();
+      one.grid = &all;
+      selves.push_back(one);
     }
   }
-  for (auto& thread : running) thread.join();
+  run_all(selves, kernel);
 }
 
 template <class T>
 T exchange(T value, int from) {
   static_assert(sizeof(T) <= 8);
-  Warp& warp = *block->warps[threadIdx.x / 32];
+  Warp& warp = *me().block->warps[me().thread.x / 32];
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(T));
-  warp.slots[threadIdx.x % 32] = bits;
+  warp.slots[me().thread.x % 32] = bits;
   warp.barrier.wait();
   bits = warp.slots[from];
   warp.barrier.wait();  // before anyone overwrites a slot
@@ -119,8 +241,12 @@ T exchange(T value, int from) {
 
 }  // namespace cuda_host
 
-inline void __syncthreads() { cuda_host::block->barrier.wait(); }
-inline void __syncwarp() { cuda_host::block->warps[threadIdx.x / 32]->barrier.wait(); }
+#define threadIdx (cuda_host::me().thread)
+#define blockIdx (cuda_host::me().block_index)
+#define blockDim (cuda_host::me().block_size)
+#define gridDim (cuda_host::me().grid_size)
+
+inline void __syncthreads() { cuda_host::me().block->barrier.wait(); }
 template <class T>
 T __shfl_sync(unsigned, T value, int from) {
   return cuda_host::exchange(value, from);
@@ -132,8 +258,8 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
 
 namespace genfuse {
 
-inline void grid_barrier() { cuda_host::grid->wait(); }
-inline char* shared_memory() { return cuda_host::block->shared; }
+inline void grid_barrier() { cuda_host::me().grid->wait(); }
+inline char* shared_memory() { return cuda_host::me().block->shared; }
 inline float load_fresh(const float* p) { return *p; }
 inline int64_t load_fresh(const int64_t* p) { return *p; }
 

@@ -1,6 +1,5 @@
-// fuzz [seed [cases]]: random cases for each kernel in turn. Prints the case that fails and the command that repeats
-// it.
-#include <chrono>
+// fuzz [seed [cases]]: random cases for each kernel in turn. Prints the case that fails, and how to repeat it.
+#include <sanitizer/common_interface_defs.h>
 
 #include "fuzz.h"
 
@@ -17,25 +16,35 @@ constexpr Kernel kKernels[] = {
     {"generate", fuzz::generate_case},
 };
 
+// The case that is running. A sanitizer that finds something ends the program, so it must be told what to print.
+const char* current_kernel = "";
+unsigned long long current_seed = 0;
+std::string description;
+
+void print_case() {
+  std::fprintf(stderr, "%s: %s\n  again: fuzz %llu 1\n", current_kernel, description.c_str(), current_seed);
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
-  const uint64_t seed = count > 1 ? std::strtoull(arguments[1], nullptr, 10) : 1;
-  const uint64_t cases = count > 2 ? std::strtoull(arguments[2], nullptr, 10) : 200;
+  const unsigned long long seed = count > 1 ? std::strtoull(arguments[1], nullptr, 10) : 1;
+  const unsigned long long cases = count > 2 ? std::strtoull(arguments[2], nullptr, 10) : 200;
+  __sanitizer_set_death_callback(print_case);
   for (const Kernel& kernel : kKernels) {
-    for (uint64_t i = seed; i < seed + cases; ++i) {
-      fuzz::Random random(i);
-      std::string description;
+    current_kernel = kernel.name;
+    for (current_seed = seed; current_seed < seed + cases; ++current_seed) {
+      fuzz::Random random(current_seed);
       try {
         kernel.one_case(random, description);
       } catch (const fuzz::Failure& failure) {
-        std::printf("%s: %s\n  case: %s\n  again: fuzz %llu 1\n", kernel.name, failure.what.c_str(),
-                    description.c_str(), static_cast<unsigned long long>(i));
+        std::fprintf(stderr, "%s\n", failure.what.c_str());
+        print_case();
         return 1;
       }
     }
-    std::printf("%s: %llu cases on %zu instruction sets\n", kernel.name, static_cast<unsigned long long>(cases),
-                fuzz::usable_isas());
+    std::printf("%s: %llu cases on %zu instruction sets\n", kernel.name, cases, fuzz::usable_isas());
+    std::fflush(stdout);
   }
   return 0;
 }

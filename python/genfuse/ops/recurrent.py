@@ -399,20 +399,24 @@ def _second(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple[Tensor | Non
             return tensor.view_as(tensor)
         return tensor.detach().requires_grad_()
 
+    grads, inputs = saved[:results], saved[results : results + layer.differentiable]
+    constants = saved[results + layer.differentiable : results + layer.tensors]
+    result: list[Tensor | None] = [None] * ctx.arity
+    wanted: list[tuple[int, Tensor]] = []  # an input's index, and the cotangent of its gradient
+    for cotangent, indices in zip(cotangents, layer.gradients, strict=True):
+        index = next((index for index in indices if inputs[index] is not None), -1)
+        if cotangent is not None and index >= 0 and cotangent.shape == inputs[index].shape:
+            wanted.append((index, cotangent))
+    if not wanted or all(grad is None for grad in grads):
+        return tuple(result)
+
     with torch.enable_grad():
-        grads = [leaf(grad) for grad in saved[:results]]
-        inputs = [leaf(tensor) for tensor in saved[results : results + layer.differentiable]]
-        constants = saved[results + layer.differentiable : results + layer.tensors]
+        grads, inputs = [leaf(grad) for grad in grads], [leaf(tensor) for tensor in inputs]
         outputs = layer.run_reference((*inputs, *constants, *options))
         pairs = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if grad is not None]
-        wanted: list[tuple[Tensor, Tensor]] = []  # an input, and the cotangent of its gradient
-        for cotangent, indices in zip(cotangents, layer.gradients, strict=True):
-            source = next((inputs[index] for index in indices if inputs[index] is not None), None)
-            if cotangent is not None and source is not None and cotangent.shape == source.shape:
-                wanted.append((source, cotangent))
         first = torch.autograd.grad(
             [output for output, _ in pairs],
-            [source for source, _ in wanted],
+            [inputs[index] for index, _ in wanted],
             [grad for _, grad in pairs],
             create_graph=True,
             allow_unused=True,
@@ -422,11 +426,10 @@ def _second(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple[Tensor | Non
             for gradient, (_, cotangent) in zip(first, wanted, strict=True)
             if gradient is not None and gradient.requires_grad
         ]
-        result: list[Tensor | None] = [None] * ctx.arity
         targets = [
-            (index, tensor)
-            for index, tensor in enumerate([*grads, *inputs])
-            if tensor is not None and ctx.needs_input_grad[index]
+            (place, tensor)
+            for place, tensor in enumerate([*grads, *inputs])
+            if tensor is not None and ctx.needs_input_grad[place]
         ]
         if seconds and targets:
             gradients = torch.autograd.grad(
@@ -436,8 +439,8 @@ def _second(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple[Tensor | Non
                 create_graph=keep_graph,
                 allow_unused=True,
             )
-            for (index, _), gradient in zip(targets, gradients, strict=True):
-                result[index] = gradient
+            for (place, _), gradient in zip(targets, gradients, strict=True):
+                result[place] = gradient
     return tuple(result)
 
 

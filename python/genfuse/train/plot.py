@@ -28,9 +28,8 @@ def draw_curve(
     axes = figure.add_subplot()
     if train:
         steps, values = [step for step, _ in train], [nats * bits for _, nats in train]
-        keep = min(0.9, max(0.0, 1.0 - 8.0 / len(values)))  # a short curve is smoothed less
         axes.plot(steps, values, color="#9ecae1", linewidth=0.8, label="training batches")
-        axes.plot(steps, _smooth(values, keep), color="#2171b5", linewidth=1.6, label="training, smoothed")
+        axes.plot(steps, _smooth(values), color="#2171b5", linewidth=1.6, label="training, smoothed")
     if held_out:
         steps, values = [step for step, _ in held_out], [nats * bits for _, nats in held_out]
         axes.plot(steps, values, color="#d94801", marker="o", markersize=3.5, linewidth=1.4, label="held-out text")
@@ -58,10 +57,11 @@ def draw_curve(
         file.write(content.getvalue())
 
 
-def _smooth(values: Sequence[float], keep: float) -> list[float]:
-    """Exponential moving average without the bias of its start."""
-    smooth, total, weight = [], 0.0, 0.0
-    for value in values:
-        total, weight = keep * total + (1.0 - keep) * value, keep * weight + (1.0 - keep)
-        smooth.append(total / weight)
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Mean over the neighbours on either side: few where the curve begins, because it is steep there."""
+    smooth = []
+    for place in range(len(values)):
+        reach = min(len(values) // 20, place // 3, 50)
+        near = values[place - reach : place + reach + 1]
+        smooth.append(sum(near) / len(near))
     return smooth

@@ -30,7 +30,7 @@ class LanguageModelSettings:
     level: Literal["char", "byte"] = "char"
     held_out: float = 0.1
     cell: str = "lstm"
-    hidden_size: int = 512
+    hidden_size: int = 384
     embedding_dim: int = 64
     layers: int = 1
     tie_weights: bool = False
@@ -45,7 +45,7 @@ class LanguageModelSettings:
     temporal_activation_regularization: float = 0.0
     context: int = 128
     batch_size: int = 32
-    epochs: int = 16
+    epochs: int = 12
     learning_rate: float = 4e-3
     weight_decay: float = 0.01
     clip: float = 1.0

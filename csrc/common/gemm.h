@@ -105,7 +105,7 @@ inline void multiply_unpacked(int count, int columns, int64_t depth, const T* co
   for (int column = 0; column < columns; column += group) {
     const T* w[group];
     for (int j = 0; j < group; ++j) {
-      w[j] = weight(column + j);
+      w[j] = column + j < columns ? weight(column + j) : nullptr;
     }
     for (int j = 0; j < group; ++j) {
       if (w[j] == nullptr) w[j] = w[0];
@@ -113,7 +113,7 @@ inline void multiply_unpacked(int count, int columns, int64_t depth, const T* co
     for (int r = 0; r < count; ++r) {
       T* to = out + static_cast<int64_t>(r) * columns + column;
       if (w[0] == nullptr) {
-        for (int j = 0; j < group; ++j) to[j] = 0;
+        for (int j = 0; j < group && column + j < columns; ++j) to[j] = 0;
         continue;
       }
       V even[group]{}, odd[group]{};
@@ -134,7 +134,9 @@ inline void multiply_unpacked(int count, int columns, int64_t depth, const T* co
         const V x1 = load_partial(rows[r] + whole, rest);
         for (int j = 0; j < group; ++j) odd[j] += x1 * load_partial(w[j] + whole, rest);
       }
-      for (int j = 0; j < group; ++j) to[j] = weight(column + j) == nullptr ? 0 : sum<T>(even[j] + odd[j]);
+      for (int j = 0; j < group && column + j < columns; ++j) {
+        to[j] = weight(column + j) == nullptr ? 0 : sum<T>(even[j] + odd[j]);
+      }
     }
   }
 }

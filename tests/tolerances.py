@@ -56,21 +56,27 @@ def errors(result: Tensor, exact: Tensor) -> Errors:
     )
 
 
-def allowed(eager: Sequence[Errors], dtype: torch.dtype, elements: int) -> Errors:
+def allowed(eager: Sequence[Errors], dtype: torch.dtype, elements: int, factor: float = FACTOR) -> Errors:
     """What a kernel may be off by, where runs of eager PyTorch at `dtype` are off by `eager`."""
     ulp = ULPS * torch.finfo(dtype).eps
-    relative = FACTOR * max(run.relative for run in eager) + ulp
+    relative = factor * max(run.relative for run in eager) + ulp
     return Errors(
-        largest=FACTOR * max(run.largest for run in eager) + ulp,
+        largest=factor * max(run.largest for run in eager) + ulp,
         relative=relative,
         cosine=relative**2 / 2.0,
         # Errors of independent signs leave a sum that shrinks with the root of their number; three deviations may be.
-        bias=FACTOR * max(run.bias for run in eager) + 3.0 * ulp / max(elements, 1) ** 0.5,
+        bias=factor * max(run.bias for run in eager) + 3.0 * ulp / max(elements, 1) ** 0.5,
     )
 
 
 def assert_as_accurate(
-    actual: Tensor, eager: Sequence[Tensor], exact: Tensor, what: str = "result", *, gradient: bool = False
+    actual: Tensor,
+    eager: Sequence[Tensor],
+    exact: Tensor,
+    what: str = "result",
+    *,
+    gradient: bool = False,
+    factor: float = FACTOR,
 ) -> None:
     """Assert that a kernel's result is about as near to the exact one as plain PyTorch's.
 
@@ -80,6 +86,7 @@ def assert_as_accurate(
         exact: the reference's, in float64.
         what: a name for the message.
         gradient: also compare as vectors.
+        factor: how many times eager's error the kernel's may be.
     """
     assert actual.shape == exact.shape, f"{what}: shape {list(actual.shape)}, want {list(exact.shape)}"
     assert exact.dtype == torch.float64, f"{what}: the exact result must be float64, is {exact.dtype}"
@@ -88,7 +95,7 @@ def assert_as_accurate(
         assert run.dtype == actual.dtype, f"{what}: dtype {actual.dtype}, want {run.dtype}"
     assert bool(torch.equal(actual.isfinite(), exact.isfinite())), f"{what}: not finite where the exact result is"
     found, scales = errors(actual, exact), [errors(run, exact) for run in eager]
-    limit = allowed(scales, actual.dtype, exact.numel())
+    limit = allowed(scales, actual.dtype, exact.numel(), factor)
     for measure in ("largest", "relative", "cosine", "bias") if gradient else ("largest",):
         have, may = getattr(found, measure), getattr(limit, measure)
         theirs = max(getattr(scale, measure) for scale in scales)

@@ -74,7 +74,7 @@ def _load(name: str, what: str) -> str | None:
             "Install genfuse with `pip install .`, or look at the build's log."
         )
     try:
-        torch.ops.load_library(str(path))
+        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
     except (OSError, RuntimeError) as reason:
         return f"genfuse could not load {what} into torch {torch.__version__}. The linker said: {reason}"
     return None
@@ -95,7 +95,7 @@ def build_info() -> dict[str, Any]:
         True
     """
     try:
-        from genfuse import _C
+        import genfuse._C as _C
     except ImportError as reason:
         raise RuntimeError(
             f"genfuse's native module is missing or does not load. The linker said: {reason}"

@@ -320,4 +320,7 @@ def support_matrix_markdown() -> str:
 
 
 if __name__ == "__main__":
-    print(support_matrix_markdown())
+    # Not this module's own registry: run as a program it is not the module that the ops have registered with.
+    from genfuse import backends
+
+    print(backends.support_matrix_markdown())

@@ -899,6 +899,7 @@ def _check_generate(
     rng: Tensor | None,
     u: Tensor | None,
     weight_dtype: torch.dtype | None,
+    zoneout: Sequence[tuple[str, float]],
 ) -> list[int]:
     """Check the arguments that both decoding loops have; return the layers' sizes H."""
     if not isinstance(prompt, Tensor):
@@ -972,7 +973,7 @@ def _check_generate(
     tensors.append(("head_weight", head_weight, (("V", _size(embedding, 0)), ("H", inputs))))
     if head_bias is not None:
         tensors.append(("head_bias", head_bias, (("V", _size(embedding, 0)),)))
-    _explain(op, tensors)
+    _explain(op, tensors, zoneout)
     if embedding.device != prompt.device:
         raise RuntimeError(f"{op}: prompt must be on {embedding.device}, as embedding is; got {prompt.device}")
     if embedding.size(0) == 0:
@@ -1107,6 +1108,7 @@ def lstm_generate(
     sizes = _check_generate(
         *("lstm_generate", 4, prompt, length, embedding, layers, head_weight, head_bias),
         *(temperature, top_k, top_p, rng, u, weight_dtype),
+        (("zoneout_h", zoneout_h), ("zoneout_c", zoneout_c)),
     )
     batch = prompt.size(0)
     if state is not None:
@@ -1216,6 +1218,7 @@ def gru_generate(
     sizes = _check_generate(
         *("gru_generate", 3, prompt, length, embedding, layers, head_weight, head_bias),
         *(temperature, top_k, top_p, rng, u, weight_dtype),
+        (("zoneout_h", zoneout_h),),
     )
     batch = prompt.size(0)
     if state is not None:

@@ -201,9 +201,7 @@ def _lstm_norm_gate(x, r, mean_x, rstd_x, mean_r, rstd_r, ln_ih, ln_hh, bias, co
 
 
 @triton.jit
-def _lstm_norm_gates(
-    x0, x1, x2, x3, r0, r1, r2, r3, mean_x, rstd_x, mean_r, rstd_r, ln_ih, ln_hh, bias, cols, c_ok, H
-):
+def _lstm_norm_gates(x0, x1, x2, x3, r0, r1, r2, r3, mean_x, rstd_x, mean_r, rstd_r, ln_ih, ln_hh, bias, cols, c_ok, H):
     i = _sigmoid(_lstm_norm_gate(x0, r0, mean_x, rstd_x, mean_r, rstd_r, ln_ih, ln_hh, bias, cols, c_ok))
     f = _sigmoid(_lstm_norm_gate(x1, r1, mean_x, rstd_x, mean_r, rstd_r, ln_ih, ln_hh, bias, H + cols, c_ok))
     g = _tanh(_lstm_norm_gate(x2, r2, mean_x, rstd_x, mean_r, rstd_r, ln_ih, ln_hh, bias, 2 * H + cols, c_ok))

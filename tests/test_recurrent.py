@@ -595,6 +595,17 @@ def test_compiles_with_inductor() -> None:
     torch.testing.assert_close(compiled(x)[0], layer(x)[0])
 
 
+@pytest.mark.parametrize("sort", [False, True])
+def test_compiles_with_packed_sequences(sort: bool) -> None:
+    torch._dynamo.reset()
+    layer = nn.GRU(4, 6, bidirectional=True)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for lengths in ((2, 5), (3, 1, 4)):
+        pieces = [torch.randn(length, 4) for length in sorted(lengths, reverse=True)]
+        packed = pack_sequence(pieces if sort else pieces[::-1], enforce_sorted=sort)
+        torch.testing.assert_close(compiled(packed)[0].data, layer(packed)[0].data)
+
+
 def test_compiled_functions_heed_use_backend() -> None:
     torch._dynamo.reset()
     layer = nn.LSTM(4, 6)

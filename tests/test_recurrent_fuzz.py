@@ -85,8 +85,8 @@ def test_any_problem(op: str) -> None:
         exact = problem.to(torch.float64).run(definition)
         eager = eager_runs(lambda nudge: [value.to(dtype) for value in problem.map(nudge).run(definition)])
         names = [*problem.results, *(f"gradient of {name}" for name in problem.inputs)]
-        # Among hundreds of small problems there are unlucky ones (see recurrent_cases.check). What this test is after, a
-        # wrong element, is off by a million units in the last place and not by four.
+        # Among hundreds of small problems there are unlucky ones (see recurrent_cases.check). What this test is after,
+        # a wrong element, is off by a million units in the last place and not by four.
         for name, ours, theirs, truth in zip(names, actual, eager, exact, strict=True):
             assert_as_accurate(ours, theirs, truth, name, factor=8.0)
 

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "common/device_types.h"
 #include "common/math.h"
 
 #ifdef GENFUSE_CUDA_ON_HOST
@@ -29,6 +30,30 @@ __device__ inline int64_t load_fresh(const int64_t* p) {
   return static_cast<int64_t>(__ldcg(reinterpret_cast<const long long*>(p)));
 }
 
+// Launches return a CUDA error code, 0 for success. A cooperative one must fit on the device all at once, which is what
+// makes the grid barrier safe.
+template <class... Arguments>
+int launch_cooperative(void (*kernel)(Arguments...), int blocks, int threads, int64_t shared_bytes, void* stream,
+                       Arguments... arguments) {
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  if (error != cudaSuccess) return error;
+  void* parameters[] = {&arguments...};
+  return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
+                                     dim3(static_cast<unsigned>(threads)), parameters,
+                                     static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream));
+}
+
+// One thread for each of `count` elements.
+template <class Arguments>
+int launch_elements(void (*kernel)(Arguments), int64_t count, void* stream, const Arguments& arguments) {
+  if (count == 0) return 0;
+  constexpr int threads = 256;
+  kernel<<<static_cast<unsigned>((count + threads - 1) / threads), threads, 0, static_cast<cudaStream_t>(stream)>>>(
+      arguments);
+  return cudaGetLastError();
+}
+
 }  // namespace genfuse
 #endif
 
@@ -36,42 +61,6 @@ namespace genfuse {
 
 constexpr int kWarp = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
-
-// bfloat16 as a storage type: the upper half of a float32, rounded to nearest even.
-struct BFloat16 {
-  uint16_t bits;
-};
-
-inline namespace GENFUSE_ISA {
-
-union FloatBits {
-  float value;
-  uint32_t bits;
-};
-
-GENFUSE_HD float to_float(float x) { return x; }
-GENFUSE_HD float to_float(BFloat16 x) {
-  FloatBits u;
-  u.bits = static_cast<uint32_t>(x.bits) << 16;
-  return u.value;
-}
-
-template <class T>
-GENFUSE_HD T from_float(float x);
-template <>
-GENFUSE_HD float from_float<float>(float x) {
-  return x;
-}
-template <>
-GENFUSE_HD BFloat16 from_float<BFloat16>(float x) {
-  FloatBits u;
-  u.value = x;
-  const bool nan = (u.bits & 0x7fffffffu) > 0x7f800000u;
-  const uint32_t rounded = (u.bits + 0x7fffu + ((u.bits >> 16) & 1u)) >> 16;
-  return BFloat16{static_cast<uint16_t>(nan ? (u.bits >> 16) | 0x40u : rounded)};
-}
-
-}  // namespace GENFUSE_ISA
 
 __device__ inline float load_fresh(const BFloat16* p) {
 #ifdef GENFUSE_CUDA_ON_HOST

@@ -3,8 +3,8 @@
 // pointer a row. A tile of 6 x 64 floats keeps an AVX-512 core at its multiply-add limit with both operands in L2, so
 // no further blocking is needed at the sizes of recurrent networks.
 //
-// Every output element is one chain of multiply-adds over the depth, in order, whatever the tile: results do not
-// depend on how rows or columns are shared among tiles or threads, nor on how many rows there are.
+// Every output element is summed over the depth in one order, whatever the tile: results do not depend on how rows or
+// columns are shared among tiles or threads, nor on how many rows there are.
 #pragma once
 
 #include <cstdint>
@@ -81,14 +81,32 @@ inline void multiply_rows(int count, int64_t depth, const T* const* rows, int64_
   }
 }
 
+// The longest chain of additions into one accumulator: beyond it, the blocks' sums are added, which keeps the rounding
+// error of long products (gradients, over all gates) at that of a library's blocked ones.
+inline constexpr int64_t kDepthBlock = 512;
+
 // `vectors` is the panel's width; out is [count][vectors][lanes].
 template <class T, class P>
 inline void multiply(int count, int vectors, int64_t depth, const T* const* rows, int64_t step, const P* panel, T* out) {
-  switch (vectors) {
-    case 1: return multiply_rows<1>(count, depth, rows, step, panel, out);
-    case 2: return multiply_rows<2>(count, depth, rows, step, panel, out);
-    case 3: return multiply_rows<3>(count, depth, rows, step, panel, out);
-    default: return multiply_rows<4>(count, depth, rows, step, panel, out);
+  const auto block = [&](int64_t k, const T* const* from, T* to) {
+    const int64_t length = minimum(kDepthBlock, depth - k);
+    const P* columns = panel + k * vectors * kLanes<T>;
+    switch (vectors) {
+      case 1: return multiply_rows<1>(count, length, from, step, columns, to);
+      case 2: return multiply_rows<2>(count, length, from, step, columns, to);
+      case 3: return multiply_rows<3>(count, length, from, step, columns, to);
+      default: return multiply_rows<4>(count, length, from, step, columns, to);
+    }
+  };
+  block(0, rows, out);
+  alignas(64) T part[kTileRows * kPanel<T>];
+  for (int64_t k = kDepthBlock; k < depth; k += kDepthBlock) {
+    const T* from[kTileRows];
+    for (int r = 0; r < count; ++r) from[r] = rows[r] + k * step;
+    block(k, from, part);
+    for (int i = 0; i < count * vectors; ++i) {
+      store(out + i * kLanes<T>, load(out + i * kLanes<T>) + load(part + i * kLanes<T>));
+    }
   }
 }
 
@@ -189,6 +207,23 @@ inline void for_tiles(int64_t begin, int64_t end, F tile) {
   for (int64_t i = 0; i < tiles; ++i) {
     const Range range = {begin + i * count / tiles, begin + (i + 1) * count / tiles};
     tile(range.begin, static_cast<int>(range.end - range.begin));
+  }
+}
+
+
+// A panel times many rows, one block of depth after the other over all rows, so that a block of the panel (128 KB of
+// float32) and of the rows stays in L2 where the whole depth would not. put(first, count, tile, later) takes each tile's
+// part; `later` says that it adds to what earlier blocks left.
+template <class T, class Row, class Put>
+inline void multiply_blocked(Range rows, int vectors, int64_t depth, Row row, const T* panel, Put put) {
+  alignas(64) T tile[kTileRows * kPanel<T>];
+  for (int64_t k = 0; k < depth || k == 0; k += kDepthBlock) {
+    for_tiles(rows.begin, rows.end, [&](int64_t first, int count) {
+      const T* from[kTileRows];
+      for (int r = 0; r < count; ++r) from[r] = row(first + r) + k;
+      multiply(count, vectors, minimum(kDepthBlock, depth - k), from, 1, panel + k * vectors * kLanes<T>, tile);
+      put(first, count, tile, k > 0);
+    });
   }
 }
 

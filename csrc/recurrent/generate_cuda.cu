@@ -14,8 +14,8 @@ namespace {
 
 constexpr int kWarps = kGenerateThreads / kWarp;
 
-// sum[i * kRows + b] += row i of the weights times vector b, this lane's part. Weights and vectors are in global memory;
-// rows beyond `rows` count as zeros, vectors beyond `vectors` are skipped.
+// sum[i * kRows + b] += row i of the weights times vector b, this lane's part. Weights and vectors are in global
+// memory; rows beyond `rows` count as zeros, vectors beyond `vectors` are skipped.
 template <int kRows, class W>
 __device__ inline void add_products(const W* const (&w)[4], int rows, const float* const (&v)[kRows], int vectors,
                                     int64_t depth, bool fresh, float (&sum)[4 * kRows]) {
@@ -236,7 +236,8 @@ __device__ inline int64_t block_sample(const CudaGenerate<W>& p, float* logits, 
   }
   __syncthreads();
   const int64_t token = scratch.chosen;
-  log_prob = static_cast<float>(static_cast<double>(load_fresh(logits + token)) - static_cast<double>(largest) - log(kept));
+  log_prob =
+      static_cast<float>(static_cast<double>(load_fresh(logits + token)) - static_cast<double>(largest) - log(kept));
   return token;
 }
 
@@ -247,7 +248,9 @@ __device__ inline int64_t token_at(const CudaGenerate<W>& p, int64_t row, int64_
   return token < 0 ? 0 : token < p.vocab ? token : p.vocab - 1;
 }
 
-__device__ inline float zoned(float fresh, float old, float p) { return p == 0.0f ? fresh : p * old + (1.0f - p) * fresh; }
+__device__ inline float zoned(float fresh, float old, float p) {
+  return p == 0.0f ? fresh : p * old + (1.0f - p) * fresh;
+}
 
 // One layer of one step, products and cell: a warp takes one unit (its gates) and kRows rows.
 template <int kRows, class W>
@@ -272,8 +275,7 @@ __device__ inline void layer_step(const CudaGenerate<W>& p, int l, int64_t s, in
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int64_t row = row0 + (r < rows ? r : 0);
-      x[r] = l == 0 ? p.embedding + token_at(p, row, s) * layer.input
-                    : h_new + row * p.state + p.layers[l - 1].offset;
+      x[r] = l == 0 ? p.embedding + token_at(p, row, s) * layer.input : h_new + row * p.state + p.layers[l - 1].offset;
       h[r] = h_old + row * p.state + layer.offset;
     }
     float from_x[4 * kRows], from_h[4 * kRows];
@@ -433,38 +435,19 @@ __global__ void __launch_bounds__(kGenerateThreads, 1) generate(CudaGenerate<W> 
     }
     grid_barrier();
   }
-  for (int64_t i = me; i < p.batch * p.state; i += everyone) p.h_n[i] = load_fresh(p.h + (steps & 1) * p.batch * p.state + i);
-}
-
-}  // namespace
-
-#ifndef GENFUSE_CUDA_ON_HOST
-
-namespace {
-
-template <int kRows, class W>
-int launch_rows(const CudaGenerate<W>& p, int64_t largest, int blocks, void* stream) {
-  const auto kernel = generate<kRows, W>;
-  const auto shared = static_cast<size_t>(generate_shared_bytes(largest, p.cell == CudaCell::layer_norm_lstm));
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-  if (error != cudaSuccess) return error;
-  CudaGenerate<W> arguments = p;
-  void* parameters[] = {&arguments, &largest};
-  return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
-                                     dim3(kGenerateThreads), parameters, shared, static_cast<cudaStream_t>(stream));
+  for (int64_t i = me; i < p.batch * p.state; i += everyone)
+    p.h_n[i] = load_fresh(p.h + (steps & 1) * p.batch * p.state + i);
 }
 
 }  // namespace
 
 template <class W>
 int launch_generate(const CudaGenerate<W>& p, int64_t largest_hidden, int multiprocessors, void* stream) {
-  return p.batch == 1 ? launch_rows<1>(p, largest_hidden, multiprocessors, stream)
-                      : launch_rows<kRowTile>(p, largest_hidden, multiprocessors, stream);
+  const int64_t shared = generate_shared_bytes(largest_hidden, p.cell == CudaCell::layer_norm_lstm);
+  return launch_cooperative(p.batch == 1 ? generate<1, W> : generate<kRowTile, W>, multiprocessors, kGenerateThreads,
+                            shared, stream, p, largest_hidden);
 }
 template int launch_generate(const CudaGenerate<float>&, int64_t, int, void*);
 template int launch_generate(const CudaGenerate<BFloat16>&, int64_t, int, void*);
-
-#endif
 
 }  // namespace genfuse

@@ -33,11 +33,11 @@ struct CudaGenerate {
   const float* embedding = nullptr;  // [vocab, layers[0].input]
   const W* head_weight = nullptr;    // [vocab, last hidden]
   const float* head_bias = nullptr;
-  const int64_t* prompt = nullptr;   // [batch, prompt_length]; a token outside [0, vocab) is taken as the nearest
-  const float* h0 = nullptr;         // [batch, state]
+  const int64_t* prompt = nullptr;  // [batch, prompt_length]; a token outside [0, vocab) is taken as the nearest
+  const float* h0 = nullptr;        // [batch, state]
   const float* c0 = nullptr;
-  const float* u = nullptr;          // [batch, length], or null: element (row << 32) + step of rng
-  const int64_t* rng = nullptr;      // (seed, offset) on the device
+  const float* u = nullptr;      // [batch, length], or null: element (row << 32) + step of rng
+  const int64_t* rng = nullptr;  // (seed, offset) on the device
   float temperature = 1;
   double top_p = 1;
   int64_t top_k = 0;

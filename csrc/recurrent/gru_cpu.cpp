@@ -265,21 +265,7 @@ class GruBackwardCpu : RecurrentCpu<T, 3> {
       for (int64_t v = units.begin; v < units.end; ++v) cell(part, t, b, v);
     }
     place.wait();
-    alignas(64) T tile[kTileRows * kPanel<T>];
-    Panels<T>::for_panels(units, [&](int64_t v, int width) {
-      for_tiles(rows.begin, rows.end, [&](int64_t first, int count) {
-        const T* from[kTileRows];
-        for (int r = 0; r < count; ++r) from[r] = grad_gates + (g.first_row(t) + first + r - part.first_row) * 4 * H + H;
-        multiply(count, width, G, from, 1, w_hh.panel(v), tile);
-        for (int r = 0; r < count; ++r) {
-          T* to = dh + (first + r) * ld_h + v * L;
-          const bool reset = g.is_reset(t, first + r);
-          for (int i = 0; i < width; ++i) {
-            store(to + i * L, reset ? V{} : load(to + i * L) + load(tile + (r * width + i) * L));
-          }
-        }
-      });
-    }, s);
+    this->state_gradient(s, t, rows, units, [&](int64_t b) { return grad_gates + (g.first_row(t) + b - part.first_row) * 4 * H + H; }, w_hh, dh);
   }
 
   void cell(const Chunk& part, int64_t t, int64_t b, int64_t v) {

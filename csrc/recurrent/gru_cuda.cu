@@ -130,21 +130,19 @@ __global__ void __launch_bounds__(kPersistentThreads, 1) gru_persistent_backward
 
 }  // namespace
 
-#ifndef GENFUSE_CUDA_ON_HOST
-
 template <class T>
 int launch_gru_forward(const PersistentForward<T>& p, void* stream) {
-  return launch_persistent(gru_persistent_forward<T>, p, p.plan.blocks, p.plan.shared_bytes, stream);
+  return launch_cooperative(gru_persistent_forward<T>, p.plan.blocks, kPersistentThreads, p.plan.shared_bytes, stream,
+                            p);
 }
 template <class T>
 int launch_gru_backward(const PersistentBackward<T>& p, void* stream) {
-  return launch_persistent(gru_persistent_backward<T>, p, p.plan.blocks, p.plan.shared_bytes, stream);
+  return launch_cooperative(gru_persistent_backward<T>, p.plan.blocks, kPersistentThreads, p.plan.shared_bytes, stream,
+                            p);
 }
 template int launch_gru_forward(const PersistentForward<float>&, void*);
 template int launch_gru_forward(const PersistentForward<BFloat16>&, void*);
 template int launch_gru_backward(const PersistentBackward<float>&, void*);
 template int launch_gru_backward(const PersistentBackward<BFloat16>&, void*);
-
-#endif
 
 }  // namespace genfuse

@@ -519,20 +519,7 @@ class LstmBackwardCpu : RecurrentCpu<T, 4> {
       }
     }
     place.wait();
-    Panels<T>::for_panels(states, [&](int64_t v, int width) {
-      for_tiles(rows.begin, rows.end, [&](int64_t first, int count) {
-        const T* from[kTileRows];
-        for (int r = 0; r < count; ++r) from[r] = grad_rec + (g.first_row(t) + first + r - part.first_row) * G;
-        multiply(count, width, G, from, 1, w_hh.panel(v), tile);
-        for (int r = 0; r < count; ++r) {
-          T* to = dh + (first + r) * ld_s + v * L;
-          const bool reset = g.is_reset(t, first + r);
-          for (int i = 0; i < width; ++i) {
-            store(to + i * L, reset ? V{} : load(to + i * L) + load(tile + (r * width + i) * L));
-          }
-        }
-      });
-    }, s);
+    this->state_gradient(s, t, rows, states, [&](int64_t b) { return grad_rec + (g.first_row(t) + b - part.first_row) * G; }, w_hh, dh);
   }
 
   V enter_h(int64_t t, int64_t b, int64_t v) { return Base::enter_h(p.grad_y, dh, t, b, v); }

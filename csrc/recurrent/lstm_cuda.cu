@@ -131,8 +131,8 @@ __global__ void __launch_bounds__(kPersistentThreads, 1) lstm_persistent_backwar
         const float keep_h = zone_h.kept(element), keep_c = zone_c.kept(element);
         const float grad_h = zone_h.to_fresh(grad, keep_h);
         float grad_ai, grad_af, grad_ag, grad_ao;
-        const float grad_c =
-            zone_c.to_fresh(d_cell[own], keep_c) + lstm_output_backward(grad_h, g.o, tanh(lstm_cell(g, c_old)), grad_ao);
+        const float grad_c = zone_c.to_fresh(d_cell[own], keep_c) +
+                             lstm_output_backward(grad_h, g.o, tanh(lstm_cell(g, c_old)), grad_ao);
         const float grad_c_old = lstm_cell_backward(grad_c, g, c_old, grad_ai, grad_af, grad_ag);
         direct[own] = reset ? 0.0f : zone_h.to_old(grad, keep_h);
         d_cell[own] = reset ? 0.0f : grad_c_old + zone_c.to_old(d_cell[own], keep_c);
@@ -175,34 +175,20 @@ __global__ void previous_states(PreviousStates<T> p) {
 
 }  // namespace
 
-#ifndef GENFUSE_CUDA_ON_HOST
-
-namespace {
-
-template <class Arguments>
-int launch_elements(void (*kernel)(Arguments), const Arguments& arguments, int64_t count, void* stream) {
-  if (count == 0) return 0;
-  constexpr int threads = 256;
-  kernel<<<static_cast<unsigned>((count + threads - 1) / threads), threads, 0, static_cast<cudaStream_t>(stream)>>>(
-      arguments);
-  return cudaGetLastError();
-}
-
-}  // namespace
-
 template <class T>
 int launch_dropout(const Dropout<T>& p, void* stream) {
-  return launch_elements(dropout<T>, p, p.count, stream);
+  return launch_elements(dropout<T>, p.count, stream, p);
 }
 template <class T>
 int launch_previous_states(const PreviousStates<T>& p, void* stream) {
-  return launch_elements(previous_states<T>, p, p.steps * p.batch * p.hidden, stream);
+  return launch_elements(previous_states<T>, p.steps * p.batch * p.hidden, stream, p);
 }
 template int launch_dropout(const Dropout<float>&, void*);
 template int launch_dropout(const Dropout<BFloat16>&, void*);
 template int launch_previous_states(const PreviousStates<float>&, void*);
 template int launch_previous_states(const PreviousStates<BFloat16>&, void*);
 
+#ifndef GENFUSE_CUDA_ON_HOST
 DeviceLimits device_limits(int device) {
   const auto ask = [device](cudaDeviceAttr attribute) {
     int value = 0;
@@ -214,20 +200,21 @@ DeviceLimits device_limits(int device) {
 }
 
 const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+#endif
 
 template <class T>
 int launch_lstm_forward(const PersistentForward<T>& p, void* stream) {
-  return launch_persistent(lstm_persistent_forward<T>, p, p.plan.blocks, p.plan.shared_bytes, stream);
+  return launch_cooperative(lstm_persistent_forward<T>, p.plan.blocks, kPersistentThreads, p.plan.shared_bytes, stream,
+                            p);
 }
 template <class T>
 int launch_lstm_backward(const PersistentBackward<T>& p, void* stream) {
-  return launch_persistent(lstm_persistent_backward<T>, p, p.plan.blocks, p.plan.shared_bytes, stream);
+  return launch_cooperative(lstm_persistent_backward<T>, p.plan.blocks, kPersistentThreads, p.plan.shared_bytes, stream,
+                            p);
 }
 template int launch_lstm_forward(const PersistentForward<float>&, void*);
 template int launch_lstm_forward(const PersistentForward<BFloat16>&, void*);
 template int launch_lstm_backward(const PersistentBackward<float>&, void*);
 template int launch_lstm_backward(const PersistentBackward<BFloat16>&, void*);
-
-#endif
 
 }  // namespace genfuse

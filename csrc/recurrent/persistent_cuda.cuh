@@ -175,9 +175,8 @@ __device__ inline void later_step_product(const PersistentBackward<T>& p, int64_
     for (int item = warp_index(); item < groups * stage; item += kPersistentThreads / kWarp) {
       const int group = item / stage, gate = item % stage;
       const T* w = weights + (static_cast<int64_t>(group) * 4 * kGates + gate0 + gate) * depth;
-      parts[((gate0 + gate) * groups + group) * kWarp + lane_index()] =
-          tile_product<4>(w, static_cast<int64_t>(kGates) * depth, staged + static_cast<int64_t>(gate) * depth, width,
-                          depth);
+      parts[((gate0 + gate) * groups + group) * kWarp + lane_index()] = tile_product<4>(
+          w, static_cast<int64_t>(kGates) * depth, staged + static_cast<int64_t>(gate) * depth, width, depth);
     }
   }
   __syncthreads();
@@ -192,20 +191,5 @@ __device__ inline float summed_parts(const float* parts, int groups, int u, int 
 }
 
 }  // namespace
-
-#ifndef GENFUSE_CUDA_ON_HOST
-// A cooperative launch of one block a multiprocessor at most, which is what makes the grid barrier safe.
-template <class Arguments>
-inline int launch_persistent(void (*kernel)(Arguments), Arguments arguments, int blocks, int64_t shared_bytes,
-                             void* stream) {
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(shared_bytes));
-  if (error != cudaSuccess) return error;
-  void* parameters[] = {&arguments};
-  return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
-                                     dim3(kPersistentThreads), parameters, static_cast<size_t>(shared_bytes),
-                                     static_cast<cudaStream_t>(stream));
-}
-#endif
 
 }  // namespace genfuse

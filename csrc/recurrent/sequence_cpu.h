@@ -267,6 +267,8 @@ inline void put_tile(const T* tile, int count, int vectors, T* const* rows, int6
   }
 }
 
+inline constexpr int kGradientTiles = 16;
+
 // C[m, :] (+)= sum over k of A[k][m] * B[k, :], the weight gradient of one chunk: A is the gradient of the gates
 // (`a`, row stride lda, columns [a_first, a_first + count)), B given by rows. Members share out C's rows; B is packed by
 // all of them first, in blocks of depth, into `b_panels`; `a_tiles` is this member's own buffer.
@@ -283,7 +285,7 @@ inline void weight_gradient(const Member& m, int64_t depth, const T* a, int64_t 
   });
   m.wait();
   // A block of A's columns at a time, so that its packed tiles stay in L2 while every panel of B passes.
-  constexpr int64_t block = 8 * kTileRows;
+  constexpr int64_t block = kGradientTiles * kTileRows;
   const int64_t blocks = ceil_div(count, block);
   alignas(64) T tile[kTileRows * kPanel<T>];
   for (int64_t i = m.rank; i < blocks; i += m.size) {
@@ -316,25 +318,20 @@ inline void weight_gradient(const Member& m, int64_t depth, const T* a, int64_t 
 }
 template <class T>
 inline int64_t weight_gradient_tiles(int64_t depth) {
-  return 8 * kTileRows * depth;
+  return kGradientTiles * kTileRows * depth;
 }
 
 // C[row, :] = sum over k of A[row, k] B[k, :] for all rows of a chunk: A row-major (a, lda), B packed.
 template <class T, class CRow>
 inline void multiply_chunk(const Member& m, int64_t rows, const T* a, int64_t lda, const Panels<T>& b, CRow c_row) {
-  alignas(64) T tile[kTileRows * kPanel<T>];
   const Range mine = m.share(rows);
   Panels<T>::for_panels({0, b.vectors()}, [&](int64_t v, int width) {
-    for_tiles(mine.begin, mine.end, [&](int64_t first, int count) {
-      const T* from[kTileRows];
-      T* to[kTileRows];
-      for (int r = 0; r < count; ++r) {
-        from[r] = a + (first + r) * lda;
-        to[r] = c_row(first + r);
-      }
-      multiply(count, width, b.depth, from, 1, b.panel(v), tile);
-      put_tile(tile, count, width, to, v * kLanes<T>, b.columns, false);
-    });
+    multiply_blocked<T>(mine, width, b.depth, [&](int64_t row) { return a + row * lda; }, b.panel(v),
+                        [&](int64_t first, int count, const T* tile, bool later) {
+                          T* to[kTileRows];
+                          for (int r = 0; r < count; ++r) to[r] = c_row(first + r);
+                          put_tile(tile, count, width, to, v * kLanes<T>, b.columns, later);
+                        });
   });
 }
 
@@ -544,6 +541,29 @@ struct RecurrentCpu {
         if ((v / kPanelVectors) % m.size != m.rank) return;
         pack_rows<T>(width * L, to.columns - v * L, to.depth, source, v * L, to.panel(v));
       });
+    }
+  }
+
+  // dh += gradient of W_hh h times W_hh, for a lane's columns; grad_row(b) is row b's. Nothing passes a reset.
+  template <class Row>
+  void state_gradient(int64_t s, int64_t t, Range rows, Range run, Row grad_row, const Panels<T>& w_hh, T* dh) const {
+    Panels<T>::for_panels(
+        run,
+        [&](int64_t v, int width) {
+          multiply_blocked<T>(rows, width, G, grad_row, w_hh.panel(v),
+                              [&](int64_t first, int count, const T* tile, bool) {
+                                for (int r = 0; r < count; ++r) {
+                                  T* to = dh + (first + r) * ld_s + v * L;
+                                  for (int i = 0; i < width; ++i) {
+                                    store(to + i * L, load(to + i * L) + load(tile + (r * width + i) * L));
+                                  }
+                                }
+                              });
+        },
+        s);
+    if (seq.resets == nullptr) return;
+    for (int64_t b = rows.begin; b < rows.end; ++b) {
+      for (int64_t v = run.begin; v < run.end && g.is_reset(t, b); ++v) store(dh + b * ld_s + v * L, V{});
     }
   }
 

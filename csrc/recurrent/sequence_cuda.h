@@ -58,8 +58,8 @@ inline PersistentPlan persistent_plan(int64_t hidden, int64_t batch, int gates, 
     if (plan.rows >= kRowTile) return plan;
   } else {
     const int64_t padded = round_up(units, 4);
-    const int64_t fixed = padded * gates * depth * weight_bytes + 2 * round_up(batch * units * 4, 16) +
-                          gates * padded * kRowTile * 4;
+    const int64_t fixed =
+        padded * gates * depth * weight_bytes + 2 * round_up(batch * units * 4, 16) + gates * padded * kRowTile * 4;
     for (int staged = gates; staged >= 1; --staged) {
       if (gates % staged != 0) continue;
       plan.staged = staged;
@@ -77,8 +77,8 @@ struct PersistentSequence {
   PersistentPlan plan;
   int64_t steps = 0, batch = 0, hidden = 0;
   bool reverse = false;
-  const bool* resets = nullptr;        // [steps, batch]
-  const int64_t* rng = nullptr;        // (seed, offset), where a zoneout draws
+  const bool* resets = nullptr;  // [steps, batch]
+  const int64_t* rng = nullptr;  // (seed, offset), where a zoneout draws
   double zoneout_h = 0, zoneout_c = 0;
   bool training = false;
   const float* output_mask = nullptr;  // [batch, hidden]
@@ -87,33 +87,33 @@ struct PersistentSequence {
 
 template <class T>
 struct PersistentForward : PersistentSequence<T> {
-  const float* xp = nullptr;        // [rows, gates * hidden]: W_ih x
-  const float* bias_ih = nullptr;   // [gates * hidden]
+  const float* xp = nullptr;       // [rows, gates * hidden]: W_ih x
+  const float* bias_ih = nullptr;  // [gates * hidden]
   const float* bias_hh = nullptr;
-  const float* h0 = nullptr;        // [batch, hidden]
-  const float* c0 = nullptr;        // LSTM
-  float* exchange = nullptr;        // [2, batch, hidden]
-  T* y = nullptr;                   // [rows, hidden]
+  const float* h0 = nullptr;  // [batch, hidden]
+  const float* c0 = nullptr;  // LSTM
+  float* exchange = nullptr;  // [2, batch, hidden]
+  T* y = nullptr;             // [rows, hidden]
   float* h_n = nullptr;
   float* c_n = nullptr;
-  float* gates = nullptr;           // [rows, 4 hidden], or null; may be xp itself for the LSTM
-  float* cells = nullptr;           // LSTM: [rows, hidden], or null
-  float* hidden_states = nullptr;   // h before the output mask, or null
+  float* gates = nullptr;          // [rows, 4 hidden], or null; may be xp itself for the LSTM
+  float* cells = nullptr;          // LSTM: [rows, hidden], or null
+  float* hidden_states = nullptr;  // h before the output mask, or null
 };
 
 template <class T>
 struct PersistentBackward : PersistentSequence<T> {
-  const T* grad_y = nullptr;            // [rows, hidden] or null
-  const float* grad_h_n = nullptr;      // [batch, hidden] or null
+  const T* grad_y = nullptr;        // [rows, hidden] or null
+  const float* grad_h_n = nullptr;  // [batch, hidden] or null
   const float* grad_c_n = nullptr;
-  const float* gates = nullptr;         // [rows, 4 hidden]
-  const float* cells = nullptr;         // LSTM
+  const float* gates = nullptr;  // [rows, 4 hidden]
+  const float* cells = nullptr;  // LSTM
   const float* c0 = nullptr;
   const float* hidden_states = nullptr;  // GRU: h before the output mask, float32; null: y
   const T* y = nullptr;
   const float* h0 = nullptr;
-  T* grad_gates = nullptr;              // [rows, 4 hidden]: LSTM i, f, g, o; GRU r, z, n (input part), hn
-  float* grad_h0 = nullptr;             // [batch, hidden]
+  T* grad_gates = nullptr;   // [rows, 4 hidden]: LSTM i, f, g, o; GRU r, z, n (input part), hn
+  float* grad_h0 = nullptr;  // [batch, hidden]
   float* grad_c0 = nullptr;
 };
 

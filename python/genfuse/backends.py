@@ -42,8 +42,8 @@ Arguments = Mapping[str, Any]
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _forced: ContextVar[str | None] = ContextVar("genfuse_backend", default=None)
-# All names in force in any thread, innermost last. Empty nearly always, which makes `forced` cheap; and torch.compile, which
-# cannot trace a ContextVar, reads and guards this.
+# All names in force in any thread, innermost last. Empty nearly always, which makes `forced` cheap; and torch.compile,
+# which cannot trace a ContextVar, reads and guards this.
 _in_force: tuple[str, ...] = ()
 _lock = threading.Lock()
 

@@ -1,10 +1,10 @@
-// CUDA's execution model on the host, enough for the kernels of csrc: barriers and shuffles meet as they do on the device,
-// and shared memory is an allocation of exactly the size that the launch asks for, filled with NaN.
+// CUDA's execution model on the host, enough for the kernels of csrc: barriers and shuffles meet as they do on the
+// device, and shared memory is an allocation of exactly the size that the launch asks for, filled with NaN.
 //
-// A grid's threads run either as fibers of one thread, in lockstep from barrier to barrier and in an order that the test
-// chooses (for AddressSanitizer: accesses out of bounds; a result that depends on the order is a race; a barrier that
-// some thread never reaches ends the program), or, with GENFUSE_HOST_THREADS, as threads (for ThreadSanitizer: what a
-// missing barrier leaves unordered).
+// A grid's threads run either as fibers of one thread, in lockstep from barrier to barrier and in an order that the
+// test chooses (for AddressSanitizer: accesses out of bounds; a result that depends on the order is a race; a barrier
+// that some thread never reaches ends the program), or, with GENFUSE_HOST_THREADS, as threads (for ThreadSanitizer:
+// what a missing barrier leaves unordered).
 #pragma once
 
 #include <cmath>
@@ -262,5 +262,20 @@ inline void grid_barrier() { cuda_host::me().grid->wait(); }
 inline char* shared_memory() { return cuda_host::me().block->shared; }
 inline float load_fresh(const float* p) { return *p; }
 inline int64_t load_fresh(const int64_t* p) { return *p; }
+
+template <class... Arguments>
+int launch_cooperative(void (*kernel)(Arguments...), int blocks, int threads, int64_t shared_bytes, void*,
+                       Arguments... arguments) {
+  cuda_host::launch(blocks, threads, static_cast<size_t>(shared_bytes), [&] { kernel(arguments...); });
+  return 0;
+}
+
+template <class Arguments>
+int launch_elements(void (*kernel)(Arguments), int64_t count, void*, const Arguments& arguments) {
+  constexpr int threads = 32;
+  if (count > 0)
+    cuda_host::launch(static_cast<int>((count + threads - 1) / threads), threads, 1, [&] { kernel(arguments); });
+  return 0;
+}
 
 }  // namespace genfuse

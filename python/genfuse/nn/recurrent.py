@@ -10,7 +10,7 @@ plain layer is left to torch (on CUDA: cuDNN).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import torch
 import torch.nn.functional as F
@@ -106,7 +106,10 @@ class _Stack(torch.nn.RNNBase):
             raise RuntimeError(
                 f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.size(-1)}"
             )
-        weight = self._layer_weights(0)[0]
+        first = self._all_weights[0][0]
+        weight: Any = self._parameters.get(first)
+        if weight is None:
+            weight = getattr(self, first)
         if x.dtype != weight.dtype and not torch._C._is_any_autocast_enabled():
             raise ValueError(
                 f"RNN input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}). "
@@ -289,10 +292,17 @@ class LSTM(_Stack):
         input_dropout: float,
         output_dropout: float,
     ) -> tuple[Tensor, ...]:
+        h, c = states
         w_ih, w_hh, *rest = self._layer_weights(index)
         b_ih, b_hh = rest[:2] if self.bias else (None, None)
         return ops.lstm(
-            *(x, *states, w_ih, w_hh, b_ih, b_hh),
+            x,
+            h,
+            c,
+            w_ih,
+            w_hh,
+            b_ih,
+            b_hh,
             rest[-1] if self.proj_size > 0 else None,
             batch_sizes=batch_sizes,
             resets=resets,
@@ -305,7 +315,17 @@ class LSTM(_Stack):
             reverse=self.bidirectional and index % 2 == 1,
         )
 
-    def forward(  # type: ignore[override]
+    @overload
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None, *, resets: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...
+
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: tuple[Tensor, Tensor] | None = None, *, resets: None = None
+    ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]: ...
+
+    def forward(
         self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None, *, resets: Tensor | None = None
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
         """Run the layers over a sequence.
@@ -319,15 +339,15 @@ class LSTM(_Stack):
         Returns:
             ``(output, (h_n, c_n))``, as torch.nn.LSTM.
         """
-        packed = isinstance(input, PackedSequence)
-        if hx is not None and not packed and (hx[0].dim() != input.dim() or hx[1].dim() != input.dim()):
+        if isinstance(input, PackedSequence):
+            return cast("tuple[PackedSequence, tuple[Tensor, Tensor]]", self._forward_packed(input, hx, resets))
+        if hx is not None and (hx[0].dim() != input.dim() or hx[1].dim() != input.dim()):
             kind = "batched 3-D" if input.dim() == 3 else "unbatched 2-D"
             raise RuntimeError(
                 f"For {kind} input, hx and cx should also be {input.dim()}-D but got "
                 f"({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
             )
-        run = self._forward_packed if packed else self._forward_dense
-        return cast("tuple[Tensor, tuple[Tensor, Tensor]]", run(input, hx, resets))  # type: ignore[operator]
+        return cast("tuple[Tensor, tuple[Tensor, Tensor]]", self._forward_dense(input, hx, resets))
 
 
 class LayerNormLSTM(LSTM):
@@ -391,11 +411,18 @@ class LayerNormLSTM(LSTM):
         input_dropout: float,
         output_dropout: float,
     ) -> tuple[Tensor, ...]:
+        h, c = states
         w_ih, w_hh, *rest = self._layer_weights(index)
         b_ih, b_hh = rest[:2] if self.bias else (None, None)
         ln_ih, ln_hh, ln_c, ln_c_bias = (getattr(self, name) for name in self._norm_names[index])
         return ops.lstm(
-            *(x, *states, w_ih, w_hh, b_ih, b_hh),
+            x,
+            h,
+            c,
+            w_ih,
+            w_hh,
+            b_ih,
+            b_hh,
             rest[-1] if self.proj_size > 0 else None,
             ln_ih_weight=ln_ih,
             ln_hh_weight=ln_hh,
@@ -474,7 +501,17 @@ class GRU(_Stack):
             reverse=self.bidirectional and index % 2 == 1,
         )
 
-    def forward(  # type: ignore[override]
+    @overload
+    def forward(
+        self, input: Tensor, hx: Tensor | None = None, *, resets: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: Tensor | None = None, *, resets: None = None
+    ) -> tuple[PackedSequence, Tensor]: ...
+
+    def forward(
         self, input: Tensor | PackedSequence, hx: Tensor | None = None, *, resets: Tensor | None = None
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """Run the layers over a sequence.
@@ -487,12 +524,14 @@ class GRU(_Stack):
         Returns:
             ``(output, h_n)``, as torch.nn.GRU.
         """
-        packed = isinstance(input, PackedSequence)
-        if hx is not None and not packed and hx.dim() != input.dim():
+        states = None if hx is None else (hx,)
+        if isinstance(input, PackedSequence):
+            packed, (h_n,) = self._forward_packed(input, states, resets)
+            return packed, h_n
+        if hx is not None and hx.dim() != input.dim():
             kind = "batched 3-D" if input.dim() == 3 else "unbatched 2-D"
             raise RuntimeError(f"For {kind} input, hx should also be {input.dim()}-D but got {hx.dim()}-D tensor")
-        run = self._forward_packed if packed else self._forward_dense
-        output, (h_n,) = run(input, None if hx is None else (hx,), resets)  # type: ignore[operator]
+        output, (h_n,) = self._forward_dense(input, states, resets)
         return output, h_n
 
 

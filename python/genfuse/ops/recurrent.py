@@ -35,11 +35,12 @@ State = tuple[Tensor, Tensor]
 _Tensors = tuple[Tensor, ...]
 
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
-_VF: Any = torch._VF  # type: ignore[attr-defined]
+_VF: Any = torch._VF
 _functorch_top = torch._C._functorch.peek_interpreter_stack
 _Transform = torch._C._functorch.TransformType
-_any_requires_grad: Callable[..., bool] = torch._C._any_requires_grad  # type: ignore[attr-defined]
+_any_requires_grad: Callable[..., bool] = torch._C._any_requires_grad
 _any_autocast = torch._C._is_any_autocast_enabled
+_cudnn_is_available: Callable[[], bool] = torch.backends.cudnn.is_available
 _is_compiling = torch.compiler.is_compiling
 _forced_backend = backends.forced
 
@@ -186,8 +187,13 @@ def _check_sequence(
             )
         if batch_sizes.dim() != 1 or batch_sizes.size(0) == 0:
             raise RuntimeError(f"{op}: batch_sizes must be [T] with T > 0, got {list(batch_sizes.shape)}")
-        if not _is_compiling() and type(batch_sizes) is Tensor:  # a traced or fake tensor has no values to look at
+        if _has_values(batch_sizes):
             _check_batch_sizes(op, x, h0, batch_sizes.tolist())
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether there are values to look at: not in a tensor that is traced, fake or transformed."""
+    return not _is_compiling() and type(tensor) is Tensor and _functorch_top() is None
 
 
 def _check_batch_sizes(op: str, x: Tensor, h0: Tensor, counts: list[int]) -> None:
@@ -249,12 +255,16 @@ def _run(layer: _Layer, arguments: tuple[Any, ...]) -> _Tensors:
     save = torch.is_grad_enabled() and _any_requires_grad(*arguments)
     if _functorch_top() is not None:
         if _Transform.Grad in _transforms():
-            return cast(_Tensors, _Transformed.apply(*arguments, layer)[:results])
+            return _call(_Transformed, *arguments, layer)[:results]
         return cast(_Tensors, layer.op(*arguments, save)[:results])
     if save:
-        return cast(_Tensors, _Forward.apply(*arguments, layer))
+        return _call(_Forward, *arguments, layer)
     with _BelowAutograd():
         return cast(_Tensors, layer.op(*arguments, False)[:results])
+
+
+def _call(function: Any, *arguments: Any) -> _Tensors:
+    return cast(_Tensors, function.apply(*arguments))
 
 
 class _Forward(torch.autograd.Function):
@@ -354,9 +364,9 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, 
     if _is_compiling():
         outputs = layer.op_backward(*arguments)
     elif _functorch_top() is not None:
-        outputs = _TransformedBackward.apply(*arguments, layer)
+        outputs = _call(_TransformedBackward, *arguments, layer)
     elif torch.is_grad_enabled():
-        outputs = _Backward.apply(*arguments, layer)
+        outputs = _call(_Backward, *arguments, layer)
     else:
         with _BelowAutograd():
             outputs = layer.op_backward(*arguments)
@@ -424,7 +434,7 @@ def _second(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple[Tensor | Non
         seconds = [
             (gradient, cotangent)
             for gradient, (_, cotangent) in zip(first, wanted, strict=True)
-            if gradient is not None and gradient.requires_grad
+            if gradient is not None and gradient.requires_grad  # type: ignore[redundant-expr]  # allow_unused
         ]
         targets = [
             (place, tensor)
@@ -908,11 +918,11 @@ def _check_generate(
         raise ValueError(f"{op}: prompt must be torch.int64, got {prompt.dtype}")
     if prompt.dim() != 2 or prompt.size(1) == 0:
         raise RuntimeError(f"{op}: prompt must be [B, P] with P > 0, got {list(prompt.shape)}")
-    if isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)):
+    if not isinstance(length, (int, torch.SymInt)):
         raise TypeError(f"{op}: length must be an int, got {type(length).__name__}")
     if length < 0:
         raise ValueError(f"{op}: length must not be negative, got {length}")
-    if not isinstance(temperature, (int, float)) or isinstance(temperature, bool):
+    if not isinstance(temperature, (int, float)):
         raise TypeError(f"{op}: temperature must be a float, got {type(temperature).__name__}")
     if not 0.0 <= temperature < float("inf"):
         raise ValueError(f"{op}: temperature must be finite and not negative, got {temperature}")
@@ -978,7 +988,7 @@ def _check_generate(
         raise RuntimeError(f"{op}: prompt must be on {embedding.device}, as embedding is; got {prompt.device}")
     if embedding.size(0) == 0:
         raise ValueError(f"{op}: the vocabulary is empty (embedding is {list(embedding.shape)})")
-    if prompt.is_cpu and prompt.numel() and not _is_compiling() and type(prompt) is Tensor:
+    if prompt.is_cpu and prompt.numel() and _has_values(prompt):
         least, most = (int(bound) for bound in prompt.aminmax())
         if least < 0 or most >= embedding.size(0):
             worst = least if least < 0 else most
@@ -1128,7 +1138,8 @@ def lstm_generate(
         "zoneout_h": zoneout_h,
         "zoneout_c": zoneout_c,
     }
-    if backends.select("lstm_generate", arguments) == "reference":
+    backend = backends.select("lstm_generate", arguments)
+    if backend == "reference":
         tokens, log_probs, last = reference.lstm_generate(
             *(prompt, length, embedding, layers, head_weight, head_bias),
             state=state,
@@ -1143,7 +1154,8 @@ def lstm_generate(
             weight_dtype=weight_dtype,
         )
         return _answer(tokens, log_probs, last, return_log_probs, return_state)
-    tokens, log_probs, h_n, c_n = torch.ops.genfuse.lstm_generate(
+    library = torch.ops.genfuse_cuda if backend == "cuda" else torch.ops.genfuse
+    tokens, log_probs, h_n, c_n = library.lstm_generate(
         *(prompt, length, _plain(embedding), _flat_weights(layers)),
         *(_plain(head_weight), None if head_bias is None else _plain(head_bias)),
         _join(None if state is None else [h for h, _ in state], batch, sizes, embedding),
@@ -1234,7 +1246,8 @@ def gru_generate(
         "temperature": temperature,
         "zoneout_h": zoneout_h,
     }
-    if backends.select("gru_generate", arguments) == "reference":
+    backend = backends.select("gru_generate", arguments)
+    if backend == "reference":
         tokens, log_probs, last = reference.gru_generate(
             *(prompt, length, embedding, layers, head_weight, head_bias),
             state=state,
@@ -1247,7 +1260,8 @@ def gru_generate(
             weight_dtype=weight_dtype,
         )
         return _answer(tokens, log_probs, last, return_log_probs, return_state)
-    tokens, log_probs, h_n = torch.ops.genfuse.gru_generate(
+    library = torch.ops.genfuse_cuda if backend == "cuda" else torch.ops.genfuse
+    tokens, log_probs, h_n = library.gru_generate(
         *(prompt, length, _plain(embedding), _flat_weights(layers)),
         *(_plain(head_weight), None if head_bias is None else _plain(head_bias)),
         _join(state, batch, sizes, embedding),
@@ -1324,7 +1338,7 @@ def linear_cross_entropy(
         )
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"linear_cross_entropy: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    if target.is_cpu and target.numel() and not _is_compiling() and type(target) is Tensor:
+    if target.is_cpu and target.numel() and _has_values(target):
         counted = target[target != ignore_index]
         if counted.numel():
             least, most = (int(bound) for bound in counted.aminmax())
@@ -1365,7 +1379,7 @@ def _chunked_linear_cross_entropy(
     count = max(1, hidden.size(1) * hidden.size(0) // max(1, weight.size(0)))
     losses = [
         cast(Tensor, checkpoint(chunk_loss, rows, targets, use_reentrant=False, preserve_rng_state=False))
-        for rows, targets in zip(hidden.split(count), target.split(count), strict=True)
+        for rows, targets in zip(torch.split(hidden, count), torch.split(target, count), strict=True)
     ]
     if reduction == "none":
         return torch.cat(losses)
@@ -1503,13 +1517,14 @@ def _vmap_rule(layer: _Layer) -> Callable[..., Any]:
             tensor = tensor.movedim(dim, at) if dim is not None else _repeated(tensor, samples, at)
             return tensor.flatten(at, at + 1)
 
-        folded = [
+        folded: list[Any] = [
             fold(a, d, rows[index]) if index in rows else a
             for index, (a, d) in enumerate(zip(arguments, in_dims, strict=True))
         ]
         outputs = layer.op(*folded)
         steps = folded[0].size(0)
-        unfolded, dims = [], []
+        unfolded: list[Tensor] = []
+        dims: list[int | None] = []
         for index, output in enumerate(outputs):
             if output.dim() == 1:  # an absent reserve
                 unfolded.append(output)
@@ -1580,7 +1595,8 @@ _library: torch.library.Library | None = None  # its registrations live as long 
 def _register() -> None:
     """Find the operators that the native library has defined, and register every rule for them."""
     global _library
-    _library = torch.library.Library("genfuse", "FRAGMENT")
+    library: Any = torch.library.Library("genfuse", "FRAGMENT")  # type: ignore[no-untyped-call]
+    _library = library
     for layer, fake in ((_LSTM, _fake_lstm), (_GRU, _fake_gru)):
         name, backward = f"genfuse::{layer.name}", f"genfuse::{layer.name}_backward"
         layer.op = getattr(torch.ops.genfuse, layer.name).default
@@ -1588,26 +1604,26 @@ def _register() -> None:
         layer.on_cpu = _has_cpu_kernel(layer.name) and _has_cpu_kernel(f"{layer.name}_backward")
         if layer.on_cpu:
             _cpu_kernels.add(layer.name)
-        torch.library.register_fake(name, fake, lib=_library)
-        torch.library.register_fake(backward, _fake_backward_of(layer), lib=_library)
+        torch.library.register_fake(name, fake, lib=library)
+        torch.library.register_fake(backward, _fake_backward_of(layer), lib=library)
         torch.library.register_autograd(
             name,
             lambda ctx, *grads: (*_backward(ctx, grads), None),
             setup_context=_setup_context(layer),
-            lib=_library,
+            lib=library,
         )
-        torch.library.register_autograd(backward, _second, setup_context=_setup_second(layer), lib=_library)
+        torch.library.register_autograd(backward, _second, setup_context=_setup_second(layer), lib=library)
         for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-            _library.impl(layer.name, _autocast_rule(layer, device_type, getattr(torch._C.DispatchKey, key)), key)
-        torch.library.register_vmap(name, _vmap_rule(layer), lib=_library)
-        torch.library.register_vmap(backward, _vmap_loop(layer.op_backward), lib=_library)
-        _library.impl(layer.name, _cuda_kernel(layer, layer.name, 0), "CUDA")
-        _library.impl(f"{layer.name}_backward", _cuda_kernel(layer, f"{layer.name}_backward", 1 + layer.states), "CUDA")
+            library.impl(layer.name, _autocast_rule(layer, device_type, getattr(torch._C.DispatchKey, key)), key)
+        torch.library.register_vmap(name, _vmap_rule(layer), lib=library)
+        torch.library.register_vmap(backward, _vmap_loop(layer.op_backward), lib=library)
+        library.impl(layer.name, _cuda_kernel(layer, layer.name, 0), "CUDA")
+        library.impl(f"{layer.name}_backward", _cuda_kernel(layer, f"{layer.name}_backward", 1 + layer.states), "CUDA")
     for name, generate in (("lstm_generate", _fake_lstm_generate), ("gru_generate", _fake_gru_generate)):
         if _has_cpu_kernel(name):
             _cpu_kernels.add(name)
-        torch.library.register_fake(f"genfuse::{name}", generate, lib=_library)
-        torch.library.register_vmap(f"genfuse::{name}", _no_vmap(f"genfuse.ops.{name}"), lib=_library)
+        torch.library.register_fake(f"genfuse::{name}", generate, lib=library)
+        torch.library.register_vmap(f"genfuse::{name}", _no_vmap(f"genfuse.ops.{name}"), lib=library)
 
 
 def _fake_backward_of(layer: _Layer) -> Callable[..., _Tensors]:
@@ -1625,7 +1641,7 @@ def _native_objection(name: str) -> Callable[[backends.Arguments], str | None]:
 
 
 def _vendor_objection(arguments: backends.Arguments) -> str | None:
-    if not (torch.backends.cudnn.is_available() and torch.backends.cudnn.enabled):
+    if not (_cudnn_is_available() and torch.backends.cudnn.enabled):
         return "cuDNN is absent or disabled"
     if any(arguments.get(name) is not None for name in ("ln_ih_weight", "resets")):
         return "cuDNN has neither layer norm nor resets"
@@ -1660,14 +1676,40 @@ def _triton_objection(layer: _Layer) -> Callable[[backends.Arguments], str | Non
     return objection
 
 
-def _cuda_objection(arguments: backends.Arguments) -> str | None:
+def _cuda_objection(gates: int) -> Callable[[backends.Arguments], str | None]:
+    def objection(arguments: backends.Arguments) -> str | None:
+        if (reason := _native.cuda_error()) is not None:
+            return reason
+        for name, what in (
+            ("ln_ih_weight", "layer norm"),
+            ("weight_hr", "projection"),
+            ("batch_sizes", "packed sequences"),
+        ):
+            if arguments.get(name) is not None:
+                return f"the persistent kernel has no {what}"
+        x, h0 = arguments["x"], arguments["h0"]
+        code = torch.ops.genfuse_cuda.persistent_objection(
+            x.device.index or 0, h0.size(1), h0.size(0), gates, x.element_size()
+        )
+        reasons = (
+            None,
+            "the device has no cooperative launch",
+            "the recurrent weights and states do not fit into the device's shared memory",
+        )
+        return reasons[code]
+
+    return objection
+
+
+def _cuda_generate_objection(arguments: backends.Arguments) -> str | None:
     return _native.cuda_error()
 
 
 def _enter_backends() -> None:
     entries = backends.Kernel
+    in_float32 = "computes in float32"
     half, wide = (torch.float32, torch.bfloat16, torch.float16), backends.FLOATS
-    for layer, function in ((_LSTM, lstm), (_GRU, gru)):
+    for layer, function, gates in ((_LSTM, lstm, 4), (_GRU, gru, 3)):
         backends.register_op(layer.name, function, "x")
         for kernel in (
             entries(layer.name, "native", ("cpu",), wide, objection=_native_objection(layer.name)),
@@ -1675,16 +1717,17 @@ def _enter_backends() -> None:
                 layer.name, "cudnn", ("cuda",), wide, objection=_vendor_objection, note="plain layers, no 2nd order"
             ),
             entries(layer.name, "triton", ("cuda",), half, proven=False, objection=_triton_objection(layer)),
-            entries(layer.name, "cuda", ("cuda",), half, proven=False, objection=_cuda_objection),
+            entries(layer.name, "cuda", ("cuda",), half[:2], proven=False, objection=_cuda_objection(gates)),
             entries(layer.name, "reference", (), wide),
         ):
             backends.register(kernel)
     for name, generate in (("lstm_generate", lstm_generate), ("gru_generate", gru_generate)):
         backends.register_op(name, generate, "embedding")
+        backends.register(entries(name, "native", ("cpu",), wide, objection=_native_objection(name), note=in_float32))
         backends.register(
-            entries(name, "native", ("cpu",), wide, objection=_native_objection(name), note="computes in float32")
+            entries(name, "cuda", ("cuda",), wide, proven=False, objection=_cuda_generate_objection, note=in_float32)
         )
-        backends.register(entries(name, "reference", (), wide, note="computes in float32"))
+        backends.register(entries(name, "reference", (), wide, note=in_float32))
     backends.register_op("linear_cross_entropy", linear_cross_entropy, "hidden")
     backends.register(entries("linear_cross_entropy", "torch", (), wide, note="chunked; 1st derivative only"))
     backends.register(entries("linear_cross_entropy", "reference", (), wide, note="all logits at once"))

@@ -83,8 +83,9 @@ def uniform_elements(rng: Tensor, elements: Tensor, stream: int = 0) -> Tensor:
     """
     seed, offset = rng[0], rng[1] + stream
     block = elements >> 2
-    counter = (block & _MASK, (block >> 32) & _MASK, offset & _MASK, (offset >> 32) & _MASK)
-    words = torch.stack(torch.broadcast_tensors(*philox4x32(counter, (seed & _MASK, (seed >> 32) & _MASK))))
+    low, high = (offset & _MASK).expand(block.shape), ((offset >> 32) & _MASK).expand(block.shape)
+    counter = (block & _MASK, (block >> 32) & _MASK, low, high)
+    words = torch.stack(philox4x32(counter, (seed & _MASK, (seed >> 32) & _MASK)))
     word = words.gather(0, (elements & 3).unsqueeze(0)).squeeze(0)
     return (word >> 8).to(torch.float64) * 2.0**-24
 

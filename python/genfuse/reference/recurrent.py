@@ -13,6 +13,7 @@ Inputs in half or bfloat16 are computed in float32 and the results cast back; fl
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -137,7 +138,7 @@ def lstm(
         from_input = ln_ih_weight.to(dtype) * _normalise(from_input, eps)
     if b_ih is not None:
         from_input = from_input + b_ih
-    by_step = from_input.split(counts)
+    by_step: tuple[Tensor, ...] = from_input.split(counts)  # type: ignore[no-untyped-call]
 
     ys: list[Tensor] = [h[:0]] * steps
     for t in reversed(range(steps)) if reverse else range(steps):
@@ -229,7 +230,7 @@ def gru(
     from_input = x_hat @ w_ih.T
     if bias_ih is not None:
         from_input = from_input + bias_ih.to(dtype)
-    by_step = from_input.split(counts)
+    by_step: tuple[Tensor, ...] = from_input.split(counts)  # type: ignore[no-untyped-call]
 
     ys: list[Tensor] = [h[:0]] * steps
     for t in reversed(range(steps)) if reverse else range(steps):
@@ -375,14 +376,15 @@ def lstm_generate(
         """The top layer's last output after reading ``tokens [B, S]``."""
         x = F.embedding(tokens, embedding.to(torch.float32)).transpose(0, 1)
         for index, ((w_ih, w_hh), (b_ih, b_hh, *norm)) in enumerate(zip(weights, vectors, strict=True)):
-            ln = dict(zip(("ln_ih_weight", "ln_hh_weight", "ln_c_weight", "ln_c_bias"), norm, strict=False))
+            ln: Any = dict(zip(("ln_ih_weight", "ln_hh_weight", "ln_c_weight", "ln_c_bias"), norm, strict=False))
             x, h, c = lstm(
                 x, *now[index], w_ih, w_hh, b_ih, b_hh, **ln, eps=eps, zoneout_h=zoneout_h, zoneout_c=zoneout_c
             )
             now[index] = (h, c)
         return x[-1]
 
-    tokens, log_probs = [], []
+    tokens: list[Tensor] = []
+    log_probs: list[Tensor] = []
     top = read(prompt)
     for step in range(length):
         if step > 0:
@@ -447,7 +449,8 @@ def gru_generate(
             x, now[index] = gru(x, now[index], w_ih, w_hh, b_ih, b_hh, zoneout_h=zoneout_h)
         return x[-1]
 
-    tokens, log_probs = [], []
+    tokens: list[Tensor] = []
+    log_probs: list[Tensor] = []
     top = read(prompt)
     for step in range(length):
         if step > 0:

@@ -398,11 +398,11 @@ def held_out_loss(model: LSTMLanguageModel, tokens: Tokens) -> float:
 
 
 def bleu(
-    model: LSTMLanguageModel, vocabulary: Vocabulary, tokens: Tokens, *, seed: int, samples: int = 16, length: int = 256
+    model: LSTMLanguageModel, vocabulary: Vocabulary, tokens: Tokens, *, seed: int, samples: int = 32, length: int = 512
 ) -> float:
     """BLEU-4 (Papineni et al. 2002) of sampled passages, with passages of the text itself as references.
 
-    Each sample continues a stretch of the text at temperature 1; its words are compared with all references at once,
+    Each sample continues a stretch of the text at temperature 0.7; its words are compared with all references at once,
     as Yu et al. 2016 (SeqGAN, arXiv 1609.05473, section 5) do to judge generators.
 
     Args:
@@ -419,7 +419,7 @@ def bleu(
     prompt_length = max(1, min(64, len(tokens) - length))
     starts = np.linspace(0, len(tokens) - prompt_length, samples).astype(np.int64)
     prompts = torch.from_numpy(tokens[starts[:, None] + np.arange(prompt_length)].astype(np.int64))
-    generated = model.generate(prompts, length, generator=torch.Generator().manual_seed(seed))
+    generated = model.generate(prompts, length, temperature=0.7, generator=torch.Generator().manual_seed(seed))
     candidates = [vocabulary.decode(row) for row in generated.numpy()]
     begins = np.linspace(0, len(tokens) - length, min(128, len(tokens) // length)).astype(np.int64)
     references = [vocabulary.decode(tokens[begin : begin + length]) for begin in begins]

@@ -455,7 +455,8 @@ def _store_stats(stats, n_row, live, mean_x, rstd_x, mean_r, rstd_r, mean_c, rst
 @triton.jit(do_not_specialize=["t", "row", "count", "B", "limit_h"])
 def _lstm_project(
     u, w_hr, h_in, h_out, y, hidden, out_mask, resets, rng, t, row, count, B, zoneout_h, limit_h,
-    ZONE_H: tl.constexpr, P: tl.constexpr, H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    ZONE_H: tl.constexpr, P: tl.constexpr, H: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """h~ = W_hr u, zoneout and output: the end of a projected step. u [B, H], w_hr [P, H], h_in and h_out [B, P]."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -537,7 +538,7 @@ def _hidden_backward(
     """
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     cols = tl.program_id(1) * BN + tl.arange(0, BN)
-    grad, direct, state, inside, ok, back = _grad_h_tile(
+    grad, direct, state, inside, ok, _ = _grad_h_tile(
         d_next, K, w, h_direct, grad_y, out_mask, resets, rng,
         t, row, count, t_next, row_next, count_next, B, zoneout_h, limit_h, rows, cols,
         ZONE_H, Hy, K, False, 0, BM, BN, BK, PRECISION,
@@ -779,7 +780,7 @@ def _first_state_backward(
     """Gradient of h0 [B, Hy], from the first step and from what bypassed it."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     cols = tl.program_id(1) * BN + tl.arange(0, BN)
-    grad, direct, state, inside, ok, back = _grad_h_tile(
+    grad, _, state, inside, _, _ = _grad_h_tile(
         d_next, 4 * H, w, h_direct, None, None, resets, None,
         t_next, row_next, 0, t_next, row_next, count_next, B, 0.0, 0, rows, cols,
         0, Hy, K, SKIP, H, BM, BN, BK, PRECISION,
@@ -942,7 +943,7 @@ def _lstm_sequence_backward(
         if ln_ih is not None:
             r0, r1, r2, r3 = _load_gates(recurrent, n_row, H, cols, ok)
             mean_x, rstd_x, mean_r, rstd_r, mean_c, rstd_c = _load_stats(stats, n_row, live)
-            a0, a1, a2, a3, dx0, dx1, dx2, dx3, d0, d1, d2, d3, d_old, d_norm, c_hat, u_now = _lstm_norm_tile_backward(
+            a0, a1, a2, a3, dx0, dx1, dx2, dx3, d0, d1, d2, d3, d_old, d_norm, c_hat, _ = _lstm_norm_tile_backward(
                 d_u, d_tilde, v0, v1, v2, v3, r0, r1, r2, r3, mean_x, rstd_x, mean_r, rstd_r, mean_c, rstd_c, c_old,
                 ln_ih, ln_hh, bias, ln_c_weight, ln_c_bias, cols, ok, H,
             )  # fmt: skip

@@ -13,17 +13,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
 from genfuse.reference import recurrent as reference
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 HARNESS = ROOT / "tests" / "cuda_host"
 SOURCES = ROOT / "csrc"
-FLAGS = (
-    "-std=c++20 -O1 -Wall -Wextra -Werror -Wno-unknown-pragmas -fvisibility=hidden -pthread "
-    "-DGENFUSE_CUDA_ON_HOST -DGENFUSE_PERSISTENT_THREADS=64"
-).split()
+FLAGS = [
+    *("-std=c++20", "-O1", "-pthread", "-fvisibility=hidden"),
+    *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
+    *("-DGENFUSE_CUDA_ON_HOST", "-DGENFUSE_PERSISTENT_THREADS=64"),
+]
 
 TORCH = "libtorch_cpu.so"  # loaded already, with the process; naming it makes its symbols visible to the library
 
@@ -206,11 +206,17 @@ def test_refusals(operators: Any) -> None:
             operators.lstm(*wrong, *numbers)
     with pytest.raises(RuntimeError, match="rng must be given"):
         operators.lstm(*call, 0.5, *numbers[1:6], True, False, False)
+    n = 600
+    large = [zeros(1, 1, 1), zeros(1, n), zeros(1, n), zeros(4 * n, 1), zeros(4 * n, n), *[None] * 10]
     with pytest.raises(RuntimeError, match="do not fit"):
-        large = 600
-        operators.lstm(
-            zeros(1, 1, 1), zeros(1, large), zeros(1, large), zeros(4 * large, 1), zeros(4 * large, large), *[None] * 10,
-            *numbers,
-        )  # fmt: skip
+        operators.lstm(*large, *numbers)
     assert operators.persistent_objection(0, 7, 9, 4, 4) == 0
     assert operators.persistent_objection(0, 600, 1, 4, 4) == 2
+
+
+def test_schemas_are_those_of_the_library(operators: Any) -> None:
+    import genfuse.ops  # noqa: F401  defines torch.ops.genfuse
+
+    for name in ("lstm", "lstm_backward", "gru", "gru_backward", "lstm_generate", "gru_generate"):
+        ours, theirs = (str(getattr(space, name).default._schema) for space in (operators, torch.ops.genfuse))
+        assert ours.split("::")[1] == theirs.split("::")[1]

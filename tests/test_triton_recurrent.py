@@ -1,7 +1,7 @@
 """The Triton LSTM and GRU without a GPU: run by the interpreter against the reference, and compiled for every target.
 
-The interpreter is chosen when a kernel is decorated, so the interpreted tests run in a process of their own, this same file
-with TRITON_INTERPRET=1; what the compiler is given are the launches that the host functions really make, recorded.
+The interpreter is chosen when a kernel is decorated, so the interpreted tests run in a process of their own, this same
+file with TRITON_INTERPRET=1; what the compiler is given are the launches that the host functions really make, recorded.
 """
 
 from __future__ import annotations
@@ -292,7 +292,7 @@ def test_objections(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels.can_run_lstm(*call)
     with pytest.raises(RuntimeError, match=r"x is torch\.float64"):
         kernels.can_run_lstm(*(tensor.double() for tensor in call), raise_error=True)
-    with pytest.raises(RuntimeError, match="h0 is torch.bfloat16"):
+    with pytest.raises(RuntimeError, match=r"h0 is torch\.bfloat16"):
         kernels.can_run_gru(x, state.bfloat16(), w_ih[:12], w_hh[:12], raise_error=True)
 
 

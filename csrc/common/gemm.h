@@ -26,87 +26,97 @@ GENFUSE_HD int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 GENFUSE_HD int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 GENFUSE_HD int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// The longest chain of additions into one accumulator; the chains' sums are then added. It keeps the rounding errors of
+// long products (gradients are sums over all gates) near those of a library that sums in lanes, for one percent of
+// time.
+inline constexpr int64_t kChain = 128;
+
 // out[r][0 .. NV vectors) = sum over k of rows[r][k * step] * panel[k][0 .. NV vectors); P is T, or bf16 as uint16_t.
 template <class T, int MR, int NV, class P>
-__attribute__((noinline)) void multiply_tile(int64_t depth, const T* const* rows, int64_t step, const P* panel, T* out) {
+__attribute__((noinline)) void multiply_tile(int64_t depth, const T* const* rows, int64_t step, const P* panel,
+                                             T* out) {
   using V = Vec<T>;
-  V acc[MR][NV];
   const T* a[MR];
 #pragma GCC unroll 8
-  for (int r = 0; r < MR; ++r) {
-    a[r] = rows[r];
+  for (int r = 0; r < MR; ++r) a[r] = rows[r];
+  int64_t k = 0;
+  do {
+    const int64_t end = minimum(depth, k + kChain);
+    const bool first = k == 0;
+    V acc[MR][NV];
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) acc[r][v] = V{};
-  }
-  for (int64_t k = 0; k < depth; ++k) {
-    V b[NV];
+    for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) {
-      if constexpr (sizeof(P) == 2) {
-        b[v] = load_bf16(panel + v * kLanes<T>);
-      } else {
-        b[v] = load(panel + v * kLanes<T>);
+      for (int v = 0; v < NV; ++v) acc[r][v] = V{};
+    }
+    for (; k < end; ++k) {
+      V b[NV];
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) {
+        if constexpr (sizeof(P) == 2) {
+          b[v] = load_bf16(panel + v * kLanes<T>);
+        } else {
+          b[v] = load(panel + v * kLanes<T>);
+        }
       }
+#pragma GCC unroll 8
+      for (int r = 0; r < MR; ++r) {
+        const V x = broadcast(a[r][k * step]);
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) acc[r][v] += x * b[v];
+      }
+      panel += NV * kLanes<T>;
     }
 #pragma GCC unroll 8
     for (int r = 0; r < MR; ++r) {
-      const V x = broadcast(a[r][k * step]);
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) acc[r][v] += x * b[v];
+      for (int v = 0; v < NV; ++v) {
+        T* to = out + (r * NV + v) * kLanes<T>;
+        store(to, first ? acc[r][v] : load(to) + acc[r][v]);
+      }
     }
-    panel += NV * kLanes<T>;
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < MR; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) store(out + (r * NV + v) * kLanes<T>, acc[r][v]);
-  }
+  } while (k < depth);
 }
 
 template <int NV, class T, class P>
 inline void multiply_rows(int count, int64_t depth, const T* const* rows, int64_t step, const P* panel, T* out) {
   switch (count) {
-    case 1: return multiply_tile<T, 1, NV>(depth, rows, step, panel, out);
-    case 2: return multiply_tile<T, 2, NV>(depth, rows, step, panel, out);
-    case 3: return multiply_tile<T, 3, NV>(depth, rows, step, panel, out);
-    default: break;
+    case 1:
+      return multiply_tile<T, 1, NV>(depth, rows, step, panel, out);
+    case 2:
+      return multiply_tile<T, 2, NV>(depth, rows, step, panel, out);
+    case 3:
+      return multiply_tile<T, 3, NV>(depth, rows, step, panel, out);
+    default:
+      break;
   }
   if constexpr (kTileRows > 3) {
     switch (count) {
-      case 4: return multiply_tile<T, 4, NV>(depth, rows, step, panel, out);
-      case 5: return multiply_tile<T, 5, NV>(depth, rows, step, panel, out);
-      case 6: return multiply_tile<T, 6, NV>(depth, rows, step, panel, out);
-      default: break;
+      case 4:
+        return multiply_tile<T, 4, NV>(depth, rows, step, panel, out);
+      case 5:
+        return multiply_tile<T, 5, NV>(depth, rows, step, panel, out);
+      case 6:
+        return multiply_tile<T, 6, NV>(depth, rows, step, panel, out);
+      default:
+        break;
     }
   }
 }
 
-// The longest chain of additions into one accumulator: beyond it, the blocks' sums are added, which keeps the rounding
-// error of long products (gradients, over all gates) at that of a library's blocked ones.
-inline constexpr int64_t kDepthBlock = 512;
-
 // `vectors` is the panel's width; out is [count][vectors][lanes].
 template <class T, class P>
-inline void multiply(int count, int vectors, int64_t depth, const T* const* rows, int64_t step, const P* panel, T* out) {
-  const auto block = [&](int64_t k, const T* const* from, T* to) {
-    const int64_t length = minimum(kDepthBlock, depth - k);
-    const P* columns = panel + k * vectors * kLanes<T>;
-    switch (vectors) {
-      case 1: return multiply_rows<1>(count, length, from, step, columns, to);
-      case 2: return multiply_rows<2>(count, length, from, step, columns, to);
-      case 3: return multiply_rows<3>(count, length, from, step, columns, to);
-      default: return multiply_rows<4>(count, length, from, step, columns, to);
-    }
-  };
-  block(0, rows, out);
-  alignas(64) T part[kTileRows * kPanel<T>];
-  for (int64_t k = kDepthBlock; k < depth; k += kDepthBlock) {
-    const T* from[kTileRows];
-    for (int r = 0; r < count; ++r) from[r] = rows[r] + k * step;
-    block(k, from, part);
-    for (int i = 0; i < count * vectors; ++i) {
-      store(out + i * kLanes<T>, load(out + i * kLanes<T>) + load(part + i * kLanes<T>));
-    }
+inline void multiply(int count, int vectors, int64_t depth, const T* const* rows, int64_t step, const P* panel,
+                     T* out) {
+  switch (vectors) {
+    case 1:
+      return multiply_rows<1>(count, depth, rows, step, panel, out);
+    case 2:
+      return multiply_rows<2>(count, depth, rows, step, panel, out);
+    case 3:
+      return multiply_rows<3>(count, depth, rows, step, panel, out);
+    default:
+      return multiply_rows<4>(count, depth, rows, step, panel, out);
   }
 }
 
@@ -210,10 +220,11 @@ inline void for_tiles(int64_t begin, int64_t end, F tile) {
   }
 }
 
+inline constexpr int64_t kDepthBlock = 512;  // a multiple of kChain
 
 // A panel times many rows, one block of depth after the other over all rows, so that a block of the panel (128 KB of
-// float32) and of the rows stays in L2 where the whole depth would not. put(first, count, tile, later) takes each tile's
-// part; `later` says that it adds to what earlier blocks left.
+// float32) and of the rows stays in L2 where the whole depth would not. put(first, count, tile, later) takes each
+// tile's part; `later` says that it adds to what earlier blocks left.
 template <class T, class Row, class Put>
 inline void multiply_blocked(Range rows, int vectors, int64_t depth, Row row, const T* panel, Put put) {
   alignas(64) T tile[kTileRows * kPanel<T>];
@@ -227,5 +238,5 @@ inline void multiply_blocked(Range rows, int vectors, int64_t depth, Row row, co
   }
 }
 
-}
+}  // namespace GENFUSE_ISA
 }  // namespace genfuse

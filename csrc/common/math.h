@@ -28,9 +28,14 @@ GENFUSE_HD double exp(double x) { return ::exp(x); }
 GENFUSE_HD float tanh(float x) { return ::tanhf(x); }
 GENFUSE_HD double tanh(double x) { return ::tanh(x); }
 
+// One rounding, where a value computed twice must come out the same: the compiler may contract a * b + c * d either
+// way.
+GENFUSE_HD float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
+GENFUSE_HD double fma(double a, double b, double c) { return ::fma(a, b, c); }
+
 // 1 / (1 + e^-x): e^-x overflows to infinity for very negative x, and 1 / infinity is the right limit.
 GENFUSE_HD float sigmoid(float x) { return 1.0f / (1.0f + exp(-x)); }
 GENFUSE_HD double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
 
-}
+}  // namespace GENFUSE_ISA
 }  // namespace genfuse

@@ -21,10 +21,10 @@ GENFUSE_HD LstmGates<V> lstm_gates(V ai, V af, V ag, V ao) {
   return {sigmoid(ai), sigmoid(af), tanh(ag), sigmoid(ao)};
 }
 
-// c~ = f c_{t-1} + i g
+// c~ = f c_{t-1} + i g. Backward computes it again, and layer norm's statistics are those of forward's: the same bits.
 template <class V>
 GENFUSE_HD V lstm_cell(const LstmGates<V>& a, V c_prev) {
-  return a.f * c_prev + a.i * a.g;
+  return fma(a.f, c_prev, a.i * a.g);
 }
 
 // d loss / d c~ through h~ = o tanh(c~), and d loss / d a_o. `tanh_c` is tanh of what the output gate sees
@@ -74,5 +74,5 @@ GENFUSE_HD V gru_backward(V grad_h, const GruGates<V>& a, V hn, V h_prev, V& gra
   return grad_h * a.z;
 }
 
-}
+}  // namespace GENFUSE_ISA
 }  // namespace genfuse

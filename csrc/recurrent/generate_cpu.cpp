@@ -125,10 +125,10 @@ template <class P>
 struct LayerState {
   int64_t hidden = 0, ld = 0, vectors = 0;
   PackedWeights<P> w_ih, w_hh;
-  float* bias = nullptr;     // [vectors][4][L]
-  float* h[2] = {};          // [batch, ld], read and written in turn
-  float* c = nullptr;        // [batch, ld]
-  float* raw_x = nullptr;    // layer norm: W_ih x and W_hh h, [batch, 4 hidden], c~ and o, [batch, hidden]
+  float* bias = nullptr;   // [vectors][4][L]
+  float* h[2] = {};        // [batch, ld], read and written in turn
+  float* c = nullptr;      // [batch, ld]
+  float* raw_x = nullptr;  // layer norm: W_ih x and W_hh h, [batch, 4 hidden], c~ and o, [batch, hidden]
   float* raw_h = nullptr;
   float* cell = nullptr;
   float* out_gate = nullptr;
@@ -253,10 +253,12 @@ class GenerateCpu {
       const LayerState<P>& s = layers[l];
       const Range units = m.share(s.vectors);
       for (int64_t v = units.begin; v < units.end; ++v) {
-        pack_columns<float>(gates * L, in.input, [&](int64_t j) { return gate_row(in.w_ih, s.hidden, in.input, v, j); },
-                            s.w_ih.panel(gates * v));
-        pack_columns<float>(gates * L, s.hidden, [&](int64_t j) { return gate_row(in.w_hh, s.hidden, s.hidden, v, j); },
-                            s.w_hh.panel(gates * v));
+        pack_columns<float>(
+            gates * L, in.input, [&](int64_t j) { return gate_row(in.w_ih, s.hidden, in.input, v, j); },
+            s.w_ih.panel(gates * v));
+        pack_columns<float>(
+            gates * L, s.hidden, [&](int64_t j) { return gate_row(in.w_hh, s.hidden, s.hidden, v, j); },
+            s.w_hh.panel(gates * v));
         for (int64_t i = 0; i < L; ++i) {
           const int64_t unit = v * L + i;
           const auto of = [&](const float* b, int gate) {
@@ -286,12 +288,13 @@ class GenerateCpu {
     for (int lane = 0; lane < used.lanes; ++lane) {
       Panels<float>::for_panels(split(head_vectors, used.lanes, lane), [&](int64_t v, int width) {
         if (turn++ % m.size != m.rank) return;
-        pack_columns<float>(width * L, head.depth,
-                            [&](int64_t j) {
-                              const int64_t token = v * L + j;
-                              return token < p.vocab ? p.head_weight + token * head.depth : nullptr;
-                            },
-                            head.panel(v));
+        pack_columns<float>(
+            width * L, head.depth,
+            [&](int64_t j) {
+              const int64_t token = v * L + j;
+              return token < p.vocab ? p.head_weight + token * head.depth : nullptr;
+            },
+            head.panel(v));
       });
     }
   }
@@ -318,7 +321,8 @@ class GenerateCpu {
   void read_tokens(const Place& place, int64_t s) {
     if (place.lane == 0) {
       for (int64_t b = place.rows.begin; b < place.rows.end; ++b) {
-        current[b] = s < p.prompt_length ? p.prompt[b * p.prompt_length + s] : p.tokens[b * p.length + s - p.prompt_length];
+        current[b] =
+            s < p.prompt_length ? p.prompt[b * p.prompt_length + s] : p.tokens[b * p.length + s - p.prompt_length];
         x_rows[b] = p.embedding + current[b] * layers[0].w_ih.depth;
       }
     }
@@ -349,9 +353,15 @@ class GenerateCpu {
         for (int r = 0; r < count; ++r) {
           const float* h_part = tile_h + r * gates * L;
           switch (p.cell) {
-            case Cell::lstm: lstm_cell_of(layer, s, first + r, v, x_part[r], h_part); break;
-            case Cell::gru: gru_cell_of(layer, s, first + r, v, x_part[r], h_part); break;
-            case Cell::layer_norm_lstm: keep_raw(layer, first + r, v, x_part[r], h_part); break;
+            case Cell::lstm:
+              lstm_cell_of(layer, s, first + r, v, x_part[r], h_part);
+              break;
+            case Cell::gru:
+              gru_cell_of(layer, s, first + r, v, x_part[r], h_part);
+              break;
+            case Cell::layer_norm_lstm:
+              keep_raw(layer, first + r, v, x_part[r], h_part);
+              break;
           }
         }
       });
@@ -371,10 +381,12 @@ class GenerateCpu {
     store(layer.h[1 - (s & 1)] + at, mixed(p.zoneout_h, load(layer.h[s & 1] + at), h_new));
   }
 
-  void lstm_cell_of(const LayerState<P>& layer, int64_t s, int64_t b, int64_t v, const float* x_part, const float* h_part) {
+  void lstm_cell_of(const LayerState<P>& layer, int64_t s, int64_t b, int64_t v, const float* x_part,
+                    const float* h_part) {
     const float* beta = layer.bias + v * 4 * L;
     V a[4];
-    for (int gate = 0; gate < 4; ++gate) a[gate] = load(h_part + gate * L) + load(x_part + gate * L) + load(beta + gate * L);
+    for (int gate = 0; gate < 4; ++gate)
+      a[gate] = load(h_part + gate * L) + load(x_part + gate * L) + load(beta + gate * L);
     const auto act = lstm_gates(a[0], a[1], a[2], a[3]);
     float* c = layer.c + b * layer.ld + v * L;
     const V c_new = lstm_cell(act, load(c));
@@ -382,11 +394,12 @@ class GenerateCpu {
     put_h(layer, s, b, v, act.o * tanh(c_new));
   }
 
-  void gru_cell_of(const LayerState<P>& layer, int64_t s, int64_t b, int64_t v, const float* x_part, const float* h_part) {
+  void gru_cell_of(const LayerState<P>& layer, int64_t s, int64_t b, int64_t v, const float* x_part,
+                   const float* h_part) {
     const float* beta = layer.bias + v * 4 * L;
-    const auto act = gru_gates(load(h_part) + load(x_part) + load(beta),
-                               load(h_part + L) + load(x_part + L) + load(beta + L),
-                               load(x_part + 2 * L) + load(beta + 2 * L), load(h_part + 2 * L) + load(beta + 3 * L));
+    const auto act =
+        gru_gates(load(h_part) + load(x_part) + load(beta), load(h_part + L) + load(x_part + L) + load(beta + L),
+                  load(x_part + 2 * L) + load(beta + 2 * L), load(h_part + 2 * L) + load(beta + 3 * L));
     put_h(layer, s, b, v, gru_output(act, load(layer.h[s & 1] + b * layer.ld + v * L)));
   }
 
@@ -432,8 +445,9 @@ class GenerateCpu {
       const float rstd = moments.rstd(p.eps);
       for (int64_t v = units.begin; v < units.end; ++v) {
         const int64_t n = H - v * L;
-        const V normal = load_upto(in.ln_c_weight + v * L, n) * ((load_upto(layer.cell + b * H + v * L, n) - moments.mean) * rstd) +
-                         load_upto(in.ln_c_bias + v * L, n);
+        const V normal =
+            load_upto(in.ln_c_weight + v * L, n) * ((load_upto(layer.cell + b * H + v * L, n) - moments.mean) * rstd) +
+            load_upto(in.ln_c_bias + v * L, n);
         put_h(layer, s, b, v, load_upto(layer.out_gate + b * H + v * L, n) * tanh(normal));
       }
     }
@@ -509,5 +523,5 @@ KernelOf<Generate> generate_kernel() {
           }};
 }
 
-}
+}  // namespace GENFUSE_ISA
 }  // namespace genfuse

@@ -1,8 +1,8 @@
 // The GRU on CPU: the plan of lstm_cpu.cpp with three gates to a unit.
 //
 // The candidate's recurrent part hn enters behind the reset gate, so input and recurrent products have different
-// gradients. Backward keeps four rows of blocks, (n, r, z, hn): the first three are the gradient of W_ih x with its gates
-// in the order n, r, z, the last three that of W_hh h in torch's order, and neither is stored twice.
+// gradients. Backward keeps four rows of blocks, (n, r, z, hn): the first three are the gradient of W_ih x with its
+// gates in the order n, r, z, the last three that of W_hh h in torch's order, and neither is stored twice.
 #include "recurrent/gru.h"
 
 #include "common/gemm.h"
@@ -20,7 +20,7 @@ class GruForwardCpu : RecurrentCpu<T, 3> {
   using V = Vec<T>;
 
   const GruForward<T>& p;
-  bool packed;       // W_hh; W_ih is packed if there are rows enough
+  bool packed;  // W_hh; W_ih is packed if there are rows enough
   bool packed_input;
   int64_t chunk;
   Panels<T> w_ih, w_hh;
@@ -86,12 +86,12 @@ class GruForwardCpu : RecurrentCpu<T, 3> {
         to[3 * L] = of(p.b_hh, 2);
       }
       if (packed_input) {
-        pack_columns<T>(3 * L, seq.input, [&](int64_t j) { return this->column(p.w_ih, seq.input, v, j); },
-                        w_ih.panel(3 * v));
+        pack_columns<T>(
+            3 * L, seq.input, [&](int64_t j) { return this->column(p.w_ih, seq.input, v, j); }, w_ih.panel(3 * v));
       }
       if (packed) {
-        pack_columns<T>(3 * L, H, [&](int64_t j) { return this->column(this->recurrent_weights(), H, v, j); },
-                        w_hh.panel(3 * v));
+        pack_columns<T>(
+            3 * L, H, [&](int64_t j) { return this->column(this->recurrent_weights(), H, v, j); }, w_hh.panel(3 * v));
       }
     }
     const Range rows = m.share(seq.batch);
@@ -106,8 +106,8 @@ class GruForwardCpu : RecurrentCpu<T, 3> {
     if (packed) {
       multiply(count, 3, panels.depth, rows, 1, panels.panel(3 * v), tile);
     } else {
-      multiply_unpacked(count, 3 * L, panels.depth, rows,
-                        [&](int64_t j) { return this->column(w, panels.depth, v, j); }, tile);
+      multiply_unpacked(
+          count, 3 * L, panels.depth, rows, [&](int64_t j) { return this->column(w, panels.depth, v, j); }, tile);
     }
   }
 
@@ -265,7 +265,9 @@ class GruBackwardCpu : RecurrentCpu<T, 3> {
       for (int64_t v = units.begin; v < units.end; ++v) cell(part, t, b, v);
     }
     place.wait();
-    this->state_gradient(s, t, rows, units, [&](int64_t b) { return grad_gates + (g.first_row(t) + b - part.first_row) * 4 * H + H; }, w_hh, dh);
+    this->state_gradient(
+        s, t, rows, units, [&](int64_t b) { return grad_gates + (g.first_row(t) + b - part.first_row) * 4 * H + H; },
+        w_hh, dh);
   }
 
   void cell(const Chunk& part, int64_t t, int64_t b, int64_t v) {
@@ -292,10 +294,12 @@ class GruBackwardCpu : RecurrentCpu<T, 3> {
       T* tiles = a_tiles + m.rank * tile_size;
       const auto x_row = [&](int64_t k) { return x_rows[k]; };
       const int64_t I = seq.input, ld = 4 * H;
-      weight_gradient<T>(m, part.rows, grad_gates, ld, 0, H, x_row, I, p.grad_w_ih + 2 * H * I, I, !first, b_panels, tiles);
+      weight_gradient<T>(m, part.rows, grad_gates, ld, 0, H, x_row, I, p.grad_w_ih + 2 * H * I, I, !first, b_panels,
+                         tiles);
       weight_gradient<T>(m, part.rows, grad_gates, ld, H, 2 * H, x_row, I, p.grad_w_ih, I, !first, b_panels, tiles);
-      weight_gradient<T>(m, part.rows, grad_gates, ld, H, G, [&](int64_t k) { return h_rows[k]; }, H, p.grad_w_hh, H,
-                         !first, b_panels, tiles);
+      weight_gradient<T>(
+          m, part.rows, grad_gates, ld, H, G, [&](int64_t k) { return h_rows[k]; }, H, p.grad_w_hh, H, !first, b_panels,
+          tiles);
     }
     if (p.needs_x) this->input_gradient(m, part, grad_gates, 4 * H, w_ih, p.grad_x);
   }
@@ -332,5 +336,5 @@ GruKernels<T> gru_kernels() {
 template GruKernels<float> gru_kernels<float>();
 template GruKernels<double> gru_kernels<double>();
 
-}
+}  // namespace GENFUSE_ISA
 }  // namespace genfuse

@@ -31,26 +31,27 @@ class LstmForwardCpu : RecurrentCpu<T, 4> {
 
   const LstmForward<T>& p;
   const LstmInputs<T>& in = p;
-  bool packed;       // W_hh; W_ih is packed if there are rows enough
+  bool packed;  // W_hh; W_ih is packed if there are rows enough
   bool packed_input;
   int64_t chunk;
   Panels<T> w_ih, w_hh, w_hr;
-  T* bias;         // [h_vectors][4][L]
-  T* h[2];         // [batch, ld_s], read and written in turn
-  T* c;            // [batch, ld_h]
-  T* raw_h;        // projection: o tanh(c), [batch, ld_h]
+  T* bias;   // [h_vectors][4][L]
+  T* h[2];   // [batch, ld_s], read and written in turn
+  T* c;      // [batch, ld_h]
+  T* raw_h;  // projection: o tanh(c), [batch, ld_h]
   const T** x_rows;
   T* x_masked;
-  T* gates;        // without a reserve: one chunk of W_ih x
-  T* recurrent;    // layer norm without a reserve: one step of W_hh h, [batch, 4 H]
-  T* stats;        // layer norm without a reserve: one chunk
-  T* cell;         // layer norm: c~ and o of this step, [batch, ld_h]
+  T* gates;      // without a reserve: one chunk of W_ih x
+  T* recurrent;  // layer norm without a reserve: one step of W_hh h, [batch, 4 H]
+  T* stats;      // layer norm without a reserve: one chunk
+  T* cell;       // layer norm: c~ and o of this step, [batch, ld_h]
   T* out_gate;
-  T* parts;        // layer norm: moments of each block, [batch][h_vectors][2]
+  T* parts;  // layer norm: moments of each block, [batch][h_vectors][2]
 
  public:
   using Base::work;
-  LstmForwardCpu(const LstmForward<T>& args, Arena& arena, int threads) : Base(args, arena, threads, barriers_per_step(args)), p(args) {
+  LstmForwardCpu(const LstmForward<T>& args, Arena& arena, int threads)
+      : Base(args, arena, threads, barriers_per_step(args)), p(args) {
     packed = seq.rows > kUnpackedRows;
     packed_input = seq.rows > kUnpackedProjectionRows;
     chunk = chunk_steps(seq, kForwardChunkRows);
@@ -117,11 +118,12 @@ class LstmForwardCpu : RecurrentCpu<T, 4> {
         }
       }
       if (packed_input) {
-        pack_columns<T>(4 * L, seq.input, [&](int64_t j) { return this->column(in.w_ih, seq.input, v, j); },
-                        w_ih.panel(4 * v));
+        pack_columns<T>(
+            4 * L, seq.input, [&](int64_t j) { return this->column(in.w_ih, seq.input, v, j); }, w_ih.panel(4 * v));
       }
       if (packed) {
-        pack_columns<T>(4 * L, S, [&](int64_t j) { return this->column(this->recurrent_weights(), S, v, j); }, w_hh.panel(4 * v));
+        pack_columns<T>(
+            4 * L, S, [&](int64_t j) { return this->column(this->recurrent_weights(), S, v, j); }, w_hh.panel(4 * v));
       }
     }
     if (w_hr.data != nullptr) {
@@ -151,8 +153,8 @@ class LstmForwardCpu : RecurrentCpu<T, 4> {
     if (packed) {
       multiply(count, 4, panels.depth, rows, 1, panels.panel(4 * v), tile);
     } else {
-      multiply_unpacked(count, 4 * L, panels.depth, rows,
-                        [&](int64_t j) { return this->column(w, panels.depth, v, j); }, tile);
+      multiply_unpacked(
+          count, 4 * L, panels.depth, rows, [&](int64_t j) { return this->column(w, panels.depth, v, j); }, tile);
     }
   }
 
@@ -241,8 +243,8 @@ class LstmForwardCpu : RecurrentCpu<T, 4> {
     if (w_hr.data != nullptr) {
       multiply(count, 1, H, rows, 1, w_hr.panel(v), tile);
     } else {
-      multiply_unpacked(count, L, H, rows, [&](int64_t j) { return v * L + j < S ? in.w_hr + (v * L + j) * H : nullptr; },
-                        tile);
+      multiply_unpacked(
+          count, L, H, rows, [&](int64_t j) { return v * L + j < S ? in.w_hr + (v * L + j) * H : nullptr; }, tile);
     }
   }
 
@@ -370,7 +372,8 @@ class LstmForwardCpu : RecurrentCpu<T, 4> {
       for (int64_t v = units.begin; v < units.end; ++v) {
         const int64_t n = this->unit_count(v);
         const V c_new = load(cell + b * ld_h + v * L);
-        const V normal = load_upto(in.ln_c_weight + v * L, n) * ((c_new - mean) * rstd) + load_upto(in.ln_c_bias + v * L, n);
+        const V normal =
+            load_upto(in.ln_c_weight + v * L, n) * ((c_new - mean) * rstd) + load_upto(in.ln_c_bias + v * L, n);
         const V h_new = load(out_gate + b * ld_h + v * L) * tanh(normal);
         finish_c(s, t, b, v, c_new);
         put_h(s, t, b, v, h_new);
@@ -392,7 +395,7 @@ class LstmBackwardCpu : RecurrentCpu<T, 4> {
   const LstmInputs<T>& in = p;
   int64_t chunk;
   Panels<T> w_ih, w_hh, w_hr;
-  T* dh;          // gradient of the state that leaves a step, [batch, ld_s] and [batch, ld_h]
+  T* dh;  // gradient of the state that leaves a step, [batch, ld_s] and [batch, ld_h]
   T* dc;
   T* grad_gates;  // one chunk, [rows, 4 H], of the pre-activations
   T* grad_rec;    // layer norm: of W_hh h, one chunk
@@ -407,12 +410,13 @@ class LstmBackwardCpu : RecurrentCpu<T, 4> {
   const T** h_rows;
   T* x_masked;
   T* b_panels;
-  T* a_tiles;     // one piece for each thread
+  T* a_tiles;  // one piece for each thread
   int64_t tile_size;
 
  public:
   using Base::work;
-  LstmBackwardCpu(const LstmBackward<T>& args, Arena& arena, int threads) : Base(args, arena, threads, barriers_per_step(args)), p(args) {
+  LstmBackwardCpu(const LstmBackward<T>& args, Arena& arena, int threads)
+      : Base(args, arena, threads, barriers_per_step(args)), p(args) {
     chunk = chunk_steps(seq, kBackwardChunkRows);
     const int64_t rows = minimum(chunk * seq.batch, seq.rows);
     const bool ln = in.layer_norm(), projected = in.projected();
@@ -519,7 +523,8 @@ class LstmBackwardCpu : RecurrentCpu<T, 4> {
       }
     }
     place.wait();
-    this->state_gradient(s, t, rows, states, [&](int64_t b) { return grad_rec + (g.first_row(t) + b - part.first_row) * G; }, w_hh, dh);
+    this->state_gradient(
+        s, t, rows, states, [&](int64_t b) { return grad_rec + (g.first_row(t) + b - part.first_row) * G; }, w_hh, dh);
   }
 
   V enter_h(int64_t t, int64_t b, int64_t v) { return Base::enter_h(p.grad_y, dh, t, b, v); }
@@ -584,8 +589,9 @@ class LstmBackwardCpu : RecurrentCpu<T, 4> {
         V a[4];
         for (int gate = 0; gate < 4; ++gate) {
           const int64_t at = gate * H + v * L;
-          a[gate] = load_upto(in.ln_hh + at, n) * ((load_upto(p.reserve.recurrent + row * G + at, n) - stat[2]) * stat[3]) +
-                    load_upto(in.ln_ih + at, n) * ((load_upto(p.reserve.gates + row * G + at, n) - stat[0]) * stat[1]);
+          a[gate] =
+              load_upto(in.ln_hh + at, n) * ((load_upto(p.reserve.recurrent + row * G + at, n) - stat[2]) * stat[3]) +
+              load_upto(in.ln_ih + at, n) * ((load_upto(p.reserve.gates + row * G + at, n) - stat[0]) * stat[1]);
           if (in.b_ih != nullptr) a[gate] += load_upto(in.b_ih + at, n);
           if (in.b_hh != nullptr) a[gate] += load_upto(in.b_hh + at, n);
         }
@@ -661,7 +667,8 @@ class LstmBackwardCpu : RecurrentCpu<T, 4> {
                      int64_t n, T* out) const {
     const V normal = (load_upto(raw + at, n) - stat[0]) * stat[1];
     const V scaled = load_upto(grad + at, n) * load_upto(gamma + at, n);
-    store_upto(out + at, stat[1] * (scaled - sum_grad / static_cast<T>(G) - normal * (sum_product / static_cast<T>(G))), n);
+    store_upto(out + at, stat[1] * (scaled - sum_grad / static_cast<T>(G) - normal * (sum_product / static_cast<T>(G))),
+               n);
   }
 
   void chunk_gradients(const Member& m, const Chunk& part, bool first) {
@@ -676,13 +683,16 @@ class LstmBackwardCpu : RecurrentCpu<T, 4> {
     if (p.needs_weights) {
       T* tiles = a_tiles + m.rank * tile_size;
       const bool add = !first;
-      weight_gradient<T>(m, part.rows, grad_gates, G, 0, G, [&](int64_t k) { return x_rows[k]; }, seq.input, p.grad_w_ih,
-                         seq.input, add, b_panels, tiles);
-      weight_gradient<T>(m, part.rows, grad_rec, G, 0, G, [&](int64_t k) { return h_rows[k]; }, S, p.grad_w_hh, S, add,
-                         b_panels, tiles);
+      weight_gradient<T>(
+          m, part.rows, grad_gates, G, 0, G, [&](int64_t k) { return x_rows[k]; }, seq.input, p.grad_w_ih, seq.input,
+          add, b_panels, tiles);
+      weight_gradient<T>(
+          m, part.rows, grad_rec, G, 0, G, [&](int64_t k) { return h_rows[k]; }, S, p.grad_w_hh, S, add, b_panels,
+          tiles);
       if (in.projected()) {
-        weight_gradient<T>(m, part.rows, grad_proj, S, 0, S, [&](int64_t k) { return raw_h + k * H; }, H, p.grad_w_hr, H,
-                           add, b_panels, tiles);
+        weight_gradient<T>(
+            m, part.rows, grad_proj, S, 0, S, [&](int64_t k) { return raw_h + k * H; }, H, p.grad_w_hr, H, add,
+            b_panels, tiles);
       }
     }
     if (p.needs_x) this->input_gradient(m, part, grad_gates, G, w_ih, p.grad_x);
@@ -781,5 +791,5 @@ LstmKernels<T> lstm_kernels() {
 template LstmKernels<float> lstm_kernels<float>();
 template LstmKernels<double> lstm_kernels<double>();
 
-}
+}  // namespace GENFUSE_ISA
 }  // namespace genfuse

@@ -270,8 +270,8 @@ inline void put_tile(const T* tile, int count, int vectors, T* const* rows, int6
 inline constexpr int kGradientTiles = 16;
 
 // C[m, :] (+)= sum over k of A[k][m] * B[k, :], the weight gradient of one chunk: A is the gradient of the gates
-// (`a`, row stride lda, columns [a_first, a_first + count)), B given by rows. Members share out C's rows; B is packed by
-// all of them first, in blocks of depth, into `b_panels`; `a_tiles` is this member's own buffer.
+// (`a`, row stride lda, columns [a_first, a_first + count)), B given by rows. Members share out C's rows; B is packed
+// by all of them first, in blocks of depth, into `b_panels`; `a_tiles` is this member's own buffer.
 template <class T, class BRow>
 inline void weight_gradient(const Member& m, int64_t depth, const T* a, int64_t lda, int64_t a_first, int64_t count,
                             BRow b_row, int64_t columns, T* c, int64_t ldc, bool accumulate, T* b_panels, T* a_tiles) {
@@ -326,12 +326,13 @@ template <class T, class CRow>
 inline void multiply_chunk(const Member& m, int64_t rows, const T* a, int64_t lda, const Panels<T>& b, CRow c_row) {
   const Range mine = m.share(rows);
   Panels<T>::for_panels({0, b.vectors()}, [&](int64_t v, int width) {
-    multiply_blocked<T>(mine, width, b.depth, [&](int64_t row) { return a + row * lda; }, b.panel(v),
-                        [&](int64_t first, int count, const T* tile, bool later) {
-                          T* to[kTileRows];
-                          for (int r = 0; r < count; ++r) to[r] = c_row(first + r);
-                          put_tile(tile, count, width, to, v * kLanes<T>, b.columns, later);
-                        });
+    multiply_blocked<T>(
+        mine, width, b.depth, [&](int64_t row) { return a + row * lda; }, b.panel(v),
+        [&](int64_t first, int count, const T* tile, bool later) {
+          T* to[kTileRows];
+          for (int r = 0; r < count; ++r) to[r] = c_row(first + r);
+          put_tile(tile, count, width, to, v * kLanes<T>, b.columns, later);
+        });
   });
 }
 
@@ -373,7 +374,8 @@ struct RecurrentCpu {
     ld_h = h_vectors * L;
     ld_s = s_vectors * L;
     const double row_cost = static_cast<double>(S) * static_cast<double>(h_vectors) * Gates;
-    grid = choose_grid(threads, seq.batch, h_vectors, row_cost, static_cast<double>(G * S) * sizeof(T), barriers_per_step);
+    grid =
+        choose_grid(threads, seq.batch, h_vectors, row_cost, static_cast<double>(G * S) * sizeof(T), barriers_per_step);
     barriers = arena.take<Barrier>(grid.groups);
     if (arena.base != nullptr) {
       for (int i = 0; i < grid.groups; ++i) new (barriers + i) Barrier;
@@ -442,13 +444,15 @@ struct RecurrentCpu {
       const uint64_t row = static_cast<uint64_t>(t * seq.batch + b);
       if (keep_h != nullptr) {
         const int64_t first = s_run.begin * L, end = minimum(s_run.end * L, S);
-        zoneout_weights<T>(r, kStreamZoneoutH, r.zoneout_h, row * static_cast<uint64_t>(S) + static_cast<uint64_t>(first),
-                           end - first, keep_h + b * ld_s + first);
+        zoneout_weights<T>(r, kStreamZoneoutH, r.zoneout_h,
+                           row * static_cast<uint64_t>(S) + static_cast<uint64_t>(first), end - first,
+                           keep_h + b * ld_s + first);
       }
       if (keep_c != nullptr) {
         const int64_t first = h_run.begin * L, end = minimum(h_run.end * L, H);
-        zoneout_weights<T>(r, kStreamZoneoutC, r.zoneout_c, row * static_cast<uint64_t>(H) + static_cast<uint64_t>(first),
-                           end - first, keep_c + b * ld_h + first);
+        zoneout_weights<T>(r, kStreamZoneoutC, r.zoneout_c,
+                           row * static_cast<uint64_t>(H) + static_cast<uint64_t>(first), end - first,
+                           keep_c + b * ld_h + first);
       }
     }
   }
@@ -581,8 +585,8 @@ struct RecurrentCpu {
   }
 };
 
-// Up to this many rows in all, W_ih is read where it lies: it becomes the operand that needs no packing, and the few rows
-// of x are packed instead.
+// Up to this many rows in all, W_ih is read where it lies: it becomes the operand that needs no packing, and the few
+// rows of x are packed instead.
 inline constexpr int64_t kUnpackedProjectionRows = 128;
 
 // out(row)[0 .. count) = W x_rows[row] for a few rows. `panels` holds Panels<T>::size(depth, rows).
@@ -650,5 +654,5 @@ KernelOf<Arguments> kernel_of() {
           }};
 }
 
-}
+}  // namespace GENFUSE_ISA
 }  // namespace genfuse

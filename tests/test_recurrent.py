@@ -132,10 +132,22 @@ def test_odd_sizes(op: str, sizes: tuple[int, int, int, int], options: str) -> N
     compare(*(make(op, options, sizes=sizes, seed=seed) for seed in seeds))
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (2, 3, 5, 17), (5, 2, 31, 64), (4, 16, 33, 65)])
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 3), (2, 3, 5, 17), (5, 2, 31, 64), (4, 16, 33, 65)])
 def test_odd_sizes_with_layer_norm(sizes: tuple[int, int, int, int]) -> None:
     seeds = range(8 if max(sizes) < 20 else 1)
     compare(*(make("lstm", "all", sizes=sizes, seed=seed) for seed in seeds))
+
+
+def test_layer_norm_of_one_unit() -> None:
+    """One cell is its own mean, so its norm is 0 exactly. The kernel computes the cell anew in backward, and what that
+    is off by, a unit in the last place or two, comes out divided by the root of eps: so that is the tolerance here.
+    """
+    for seed in range(8):
+        problem = make("lstm", "all", sizes=(1, 1, 1, 1), seed=seed)
+        exact = problem.to(torch.float64).run(reference.lstm)
+        scale = 4 * torch.finfo(torch.float32).eps / 1e-5**0.5
+        for ours, theirs in zip(problem.run(ops.lstm), exact, strict=True):
+            torch.testing.assert_close(ours.double(), theirs, rtol=scale, atol=scale)
 
 
 @pytest.mark.parametrize("op", ["lstm", "gru"])

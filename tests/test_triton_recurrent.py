@@ -126,33 +126,33 @@ class Case:
         )
         return [result.detach() for result in results], list(gradients)
 
-    def kernel(self) -> tuple[list[Tensor], list[Tensor]]:
-        inputs = [None if tensor is None else tensor.to(self.dtype) for tensor in self.inputs]
-        gradients = [gradient.to(self.dtype) for gradient in self.gradients]
-        fixed = (self.batch_sizes, self.resets, SEED)
+    def kernel(self, family: Any = kernels, device: str = "cpu") -> tuple[list[Tensor], list[Tensor]]:
+        """Results and gradients of ``family`` (functions with the operators' arguments), on the CPU."""
+        inputs = [None if tensor is None else tensor.to(device, self.dtype) for tensor in self.inputs]
+        gradients = [gradient.to(device, self.dtype) for gradient in self.gradients]
+        fixed = (self.batch_sizes, None if self.resets is None else self.resets.to(device), SEED.to(device))
         flags = (*self.drops, *((1e-5,) if self.cell == "lstm" else ()), self.training, self.reverse)
         if self.cell == "lstm":
-            saved = kernels.lstm(*inputs, *fixed, *flags, True)
-            bare = kernels.lstm(*inputs, *fixed, *flags, False)
-            found = kernels.lstm_backward(*gradients, *inputs, *fixed, saved[0], *saved[3:], *flags, True, True)
+            saved = family.lstm(*inputs, *fixed, *flags, True)
+            bare = family.lstm(*inputs, *fixed, *flags, False)
+            found = family.lstm_backward(*gradients, *inputs, *fixed, saved[0], *saved[3:], *flags, True, True)
             found = tuple(found[index] for index in LSTM_GRADIENT_OF)
         else:
-            saved = kernels.gru(*inputs, *fixed, *flags, True)
-            bare = kernels.gru(*inputs, *fixed, *flags, False)
-            found = kernels.gru_backward(*gradients, *inputs, *fixed, saved[0], *saved[2:], *flags, True, True)
+            saved = family.gru(*inputs, *fixed, *flags, True)
+            bare = family.gru(*inputs, *fixed, *flags, False)
+            found = family.gru_backward(*gradients, *inputs, *fixed, saved[0], *saved[2:], *flags, True, True)
         for kept, without in zip(saved[: self.results], bare, strict=False):
             assert torch.allclose(kept, without, rtol=0.0, atol=0.0, equal_nan=True)
         assert all(reserve.numel() == 0 for reserve in bare[self.results :])
-        return list(saved[: self.results]), [
-            gradient for gradient, tensor in zip(found, inputs, strict=True) if tensor is not None
-        ]
+        wanted = [gradient.cpu() for gradient, tensor in zip(found, inputs, strict=True) if tensor is not None]
+        return [result.cpu() for result in saved[: self.results]], wanted
 
-    def check(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(self, monkeypatch: pytest.MonkeyPatch, family: Any = kernels, device: str = "cpu") -> None:
         exact, exact_gradients = self.reference(torch.float64)
         # Eager PyTorch at the dtype of the test: the same equations without the reference's step up to float32.
         monkeypatch.setattr(reference, "_compute_dtype", lambda dtype: dtype)
         runs = [self.reference(self.dtype, run) for run in range(RUNS)]
-        found, gradients = self.kernel()
+        found, gradients = self.kernel(family, device)
         names = LSTM_NAMES if self.cell == "lstm" else GRU_NAMES
         present = [name for name, tensor in zip(names, self.inputs, strict=True) if tensor is not None]
         for index, name in enumerate(("y", "h_n", "c_n")[: self.results]):
@@ -184,9 +184,9 @@ def test_sequence_kernel(cell: str, reverse: bool, monkeypatch: pytest.MonkeyPat
 @interpreted
 @REVERSE
 def test_sequence_kernel_with_layer_norm(reverse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    Case("lstm", (4, 3, 4, 5), norm=True, bias=False, reverse=reverse).check(monkeypatch)
+    Case("lstm", (3, 3, 4, 5), norm=True, bias=False, reverse=reverse).check(monkeypatch)
     options: dict[str, Any] = {"resets": True, "training": True, "drops": ALL}
-    Case("lstm", (3, 17, 2, 18), norm=True, reverse=reverse, **options).check(monkeypatch)
+    Case("lstm", (2, 17, 2, 18), norm=True, reverse=reverse, **options).check(monkeypatch)
 
 
 @interpreted
@@ -402,7 +402,9 @@ def test_compiles_for_every_target(dtype: str, pool: ProcessPoolExecutor) -> Non
         if hasattr(value, "params") and getattr(value, "do_not_specialize", None)
     }
     assert kernel_names == entered, "a kernel that no host function launches, or the other way round"
-    work = [(target, launch) for launch in launches for target in TARGETS]
+    # float16 differs from bfloat16 in one type of the same size: two of its targets stand for the rest.
+    targets = ("sm_90", "mi300") if dtype == "fp16" else tuple(TARGETS)
+    work = [(target, launch) for launch in launches for target in targets]
     most = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "mi300": 64}
     for name, target, shared in pool.map(_compile, work):
         assert shared <= most[target] * 1024, f"{name} on {target}: {shared} bytes of shared memory"

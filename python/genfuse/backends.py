@@ -290,7 +290,7 @@ def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Explanat
 
 
 def support_matrix() -> list[dict[str, str]]:
-    """The registry as rows: op, backend, device, dtypes, status ("proven" or "unproven"), note.
+    """The registry as rows: op, backend, device, dtypes, status ("proven", "unproven" or "vendor"), note.
 
     Example:
         >>> sorted(support_matrix()[0])
@@ -303,7 +303,7 @@ def support_matrix() -> list[dict[str, str]]:
             "backend": kernel.backend,
             "device": ", ".join(kernel.devices) or "any",
             "dtypes": ", ".join(map(_name, kernel.dtypes)),
-            "status": "proven" if kernel.proven else "unproven",
+            "status": "vendor" if kernel.backend == "cudnn" else "proven" if kernel.proven else "unproven",
             "note": kernel.note,
         }
         for kernels in _KERNELS.values()

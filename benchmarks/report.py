@@ -437,7 +437,7 @@ def draw_chart(result: Record, path: Path) -> None:
     axes.set_ylim(len(records) - 0.5, -0.5)
     axes.grid(axis="x", which="both", alpha=0.25)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
-    axes.set_xlabel("speed-up of genfuse (theirs / ours); right of 1x genfuse is faster; | marks the target")
+    axes.set_xlabel("speed-up of genfuse (theirs / ours); right of 1x genfuse is faster;\n| marks the target")
     handles = [axes.plot([], [], "o", color=colours[kind], label=kind)[0] for kind in kinds]
     axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False)
     temporary = path.with_name(f".{path.name}.part")

@@ -35,7 +35,8 @@ STABLE_TORCH_LIBRARY(genfuse, m) {
       "lstm_generate(Tensor prompt, int length, Tensor embedding, Tensor[] weights, Tensor head_weight, "
       "Tensor? head_bias, Tensor h0, Tensor c0, Tensor? u, Tensor? rng, float temperature, int top_k, float top_p, "
       "bool layer_norm, float eps, "
-      "float zoneout_h, float zoneout_c, bool bf16_weights) -> (Tensor tokens, Tensor log_probs, Tensor h_n, Tensor c_n)");
+      "float zoneout_h, float zoneout_c, bool bf16_weights) -> (Tensor tokens, Tensor log_probs, Tensor h_n, Tensor "
+      "c_n)");
   m.def(
       "gru_generate(Tensor prompt, int length, Tensor embedding, Tensor[] weights, Tensor head_weight, "
       "Tensor? head_bias, Tensor h0, Tensor? u, Tensor? rng, float temperature, int top_k, float top_p, "

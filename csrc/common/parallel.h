@@ -132,5 +132,5 @@ inline void run_team(const Executor& executor, int threads, F&& body) {
   executor.run(threads, &TeamRun<F>::enter, &team);
 }
 
-}
+}  // namespace GENFUSE_ISA
 }  // namespace genfuse

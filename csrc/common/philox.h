@@ -40,5 +40,5 @@ GENFUSE_HD float philox_uniform(uint64_t seed, uint64_t offset, uint64_t element
   return philox_to_uniform(philox_block(seed, offset, element / 4).word[element % 4]);
 }
 
-}
+}  // namespace GENFUSE_ISA
 }  // namespace genfuse

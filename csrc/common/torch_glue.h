@@ -53,7 +53,8 @@ inline bool is_floating(ScalarType t) {
 
 // What the kernels compute in: float64 for float64, float32 for everything narrower.
 inline ScalarType compute_type(const char* name, const Tensor& t) {
-  STD_TORCH_CHECK(is_floating(t.scalar_type()), name, " must be a floating point tensor (float32, float64, bfloat16 or float16)");
+  STD_TORCH_CHECK(is_floating(t.scalar_type()), name,
+                  " must be a floating point tensor (float32, float64, bfloat16 or float16)");
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 

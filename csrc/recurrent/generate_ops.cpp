@@ -20,8 +20,9 @@ Result generate(Cell cell, const Tensor& prompt, int64_t length, const Tensor& e
                 const Tensor& h0, const OptionalTensor& c0, const OptionalTensor& u, const OptionalTensor& rng,
                 double temperature, int64_t top_k, double top_p, double eps, double zoneout_h, double zoneout_c,
                 bool bf16_weights) {
-  STD_TORCH_CHECK(prompt.is_cpu() && prompt.dim() == 2 && prompt.scalar_type() == ScalarType::Long && prompt.size(1) > 0,
-                  "prompt must be an int64 tensor [B, P] on the CPU with P > 0, got shape ", shape_of(prompt));
+  STD_TORCH_CHECK(
+      prompt.is_cpu() && prompt.dim() == 2 && prompt.scalar_type() == ScalarType::Long && prompt.size(1) > 0,
+      "prompt must be an int64 tensor [B, P] on the CPU with P > 0, got shape ", shape_of(prompt));
   STD_TORCH_CHECK(length >= 0, "length must not be negative, got ", length);
   STD_TORCH_CHECK(temperature >= 0, "temperature must not be negative, got ", temperature);
   STD_TORCH_CHECK(top_k >= 0, "top_k must not be negative, got ", top_k);
@@ -54,7 +55,8 @@ Result generate(Cell cell, const Tensor& prompt, int64_t length, const Tensor& e
   int64_t input = embedding.size(1);
   for (size_t i = 0; i < weights.size(); i += static_cast<size_t>(each)) {
     const Tensor* w = &weights[i];
-    STD_TORCH_CHECK(w[1].dim() == 2 && w[1].size(1) > 0, "weight_hh must have shape [", gates, " H, H], got ", shape_of(w[1]));
+    STD_TORCH_CHECK(w[1].dim() == 2 && w[1].size(1) > 0, "weight_hh must have shape [", gates, " H, H], got ",
+                    shape_of(w[1]));
     GenerateLayer layer;
     layer.input = input;
     layer.hidden = w[1].size(1);
@@ -107,14 +109,16 @@ Result generate(Cell cell, const Tensor& prompt, int64_t length, const Tensor& e
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> lstm_generate(
-    const Tensor& prompt, int64_t length, const Tensor& embedding, const std::vector<Tensor>& weights,
-    const Tensor& head_weight, const OptionalTensor& head_bias, const Tensor& h0, const Tensor& c0,
-    const OptionalTensor& u, const OptionalTensor& rng, double temperature, int64_t top_k, double top_p, bool layer_norm,
-    double eps, double zoneout_h, double zoneout_c, bool bf16_weights) {
-  const Result r = generate(layer_norm ? Cell::layer_norm_lstm : Cell::lstm, prompt, length, embedding, weights,
-                            head_weight, head_bias, h0, c0, u, rng, temperature, top_k, top_p, eps, zoneout_h, zoneout_c,
-                            bf16_weights);
+std::tuple<Tensor, Tensor, Tensor, Tensor> lstm_generate(const Tensor& prompt, int64_t length, const Tensor& embedding,
+                                                         const std::vector<Tensor>& weights, const Tensor& head_weight,
+                                                         const OptionalTensor& head_bias, const Tensor& h0,
+                                                         const Tensor& c0, const OptionalTensor& u,
+                                                         const OptionalTensor& rng, double temperature, int64_t top_k,
+                                                         double top_p, bool layer_norm, double eps, double zoneout_h,
+                                                         double zoneout_c, bool bf16_weights) {
+  const Result r =
+      generate(layer_norm ? Cell::layer_norm_lstm : Cell::lstm, prompt, length, embedding, weights, head_weight,
+               head_bias, h0, c0, u, rng, temperature, top_k, top_p, eps, zoneout_h, zoneout_c, bf16_weights);
   return {r.tokens, r.log_probs, r.h_n, r.c_n};
 }
 

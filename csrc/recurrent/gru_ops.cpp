@@ -40,11 +40,12 @@ struct GruTensors : SequenceTensors {
 std::tuple<Tensor, Tensor, Tensor, Tensor> gru(const Tensor& x, const Tensor& h0, const Tensor& weight_ih,
                                                const Tensor& weight_hh, const OptionalTensor& bias_ih,
                                                const OptionalTensor& bias_hh, const OptionalTensor& batch_sizes,
-                                               const OptionalTensor& resets, const OptionalTensor& rng, double zoneout_h,
-                                               double weight_drop, double input_dropout, double output_dropout,
-                                               bool training, bool reverse, bool save) {
+                                               const OptionalTensor& resets, const OptionalTensor& rng,
+                                               double zoneout_h, double weight_drop, double input_dropout,
+                                               double output_dropout, bool training, bool reverse, bool save) {
   const GruTensors in(x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, resets,
-                      make_regularizers(zoneout_h, 0, weight_drop, input_dropout, output_dropout, training, rng), reverse);
+                      make_regularizers(zoneout_h, 0, weight_drop, input_dropout, output_dropout, training, rng),
+                      reverse);
   const Sequence& s = in.seq;
   const ScalarType type = in.compute;
   const Tensor y = in.empty_rows(s.hidden, type), h_n = empty({s.batch, s.hidden}, type);
@@ -70,7 +71,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(
     const Tensor& hidden, const Tensor& gates, double zoneout_h, double weight_drop, double input_dropout,
     double output_dropout, bool training, bool reverse, bool needs_x, bool needs_weights) {
   const GruTensors in(x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, resets,
-                      make_regularizers(zoneout_h, 0, weight_drop, input_dropout, output_dropout, training, rng), reverse);
+                      make_regularizers(zoneout_h, 0, weight_drop, input_dropout, output_dropout, training, rng),
+                      reverse);
   const Sequence& s = in.seq;
   const ScalarType type = in.compute;
   const int64_t B = s.batch, H = s.hidden, N = s.rows;

@@ -17,7 +17,8 @@ struct LstmTensors : SequenceTensors {
               const OptionalTensor& ln_ih_in, const OptionalTensor& ln_hh_in, const OptionalTensor& ln_cw,
               const OptionalTensor& ln_cb, const OptionalTensor& sizes, const OptionalTensor& resets,
               const Regularizers& regularizers, double epsilon, bool reverse)
-      : SequenceTensors(x, h0_in, c0_in.dim() == 2 ? c0_in.size(1) : -1, sizes, resets, reverse), reg(regularizers),
+      : SequenceTensors(x, h0_in, c0_in.dim() == 2 ? c0_in.size(1) : -1, sizes, resets, reverse),
+        reg(regularizers),
         eps(epsilon) {
     const int64_t B = seq.batch, H = seq.hidden, S = seq.state;
     STD_TORCH_CHECK(c0_in.dim() == 2, "c0 must have 2 dimensions ([B, H]), got shape ", shape_of(c0_in));
@@ -80,19 +81,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm(
     const OptionalTensor& ln_c_bias, const OptionalTensor& batch_sizes, const OptionalTensor& resets,
     const OptionalTensor& rng, double zoneout_h, double zoneout_c, double weight_drop, double input_dropout,
     double output_dropout, double eps, bool training, bool reverse, bool save) {
-  const LstmTensors in(x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, ln_ih, ln_hh, ln_c_weight,
-                       ln_c_bias, batch_sizes, resets,
-                       make_regularizers(zoneout_h, zoneout_c, weight_drop, input_dropout, output_dropout, training, rng),
-                       eps, reverse);
+  const LstmTensors in(
+      x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, ln_ih, ln_hh, ln_c_weight, ln_c_bias, batch_sizes,
+      resets, make_regularizers(zoneout_h, zoneout_c, weight_drop, input_dropout, output_dropout, training, rng), eps,
+      reverse);
   const Sequence& s = in.seq;
   const ScalarType type = in.compute;
   const bool ln = in.ln_ih.has_value();
-  const Tensor y = in.empty_rows(s.state, type), h_n = empty({s.batch, s.state}, type), c_n = empty({s.batch, s.hidden}, type);
-  const Reserve reserve{
-      save && in.reg.masks_output() ? empty({s.rows, s.state}, type) : absent(type),
-      save ? empty({s.rows, s.hidden}, type) : absent(type), save ? empty({s.rows, 4 * s.hidden}, type) : absent(type),
-      save && ln ? empty({s.rows, 4 * s.hidden}, type) : absent(type),
-      save && ln ? empty({s.rows, 6}, type) : absent(type)};
+  const Tensor y = in.empty_rows(s.state, type), h_n = empty({s.batch, s.state}, type),
+               c_n = empty({s.batch, s.hidden}, type);
+  const Reserve reserve{save && in.reg.masks_output() ? empty({s.rows, s.state}, type) : absent(type),
+                        save ? empty({s.rows, s.hidden}, type) : absent(type),
+                        save ? empty({s.rows, 4 * s.hidden}, type) : absent(type),
+                        save && ln ? empty({s.rows, 4 * s.hidden}, type) : absent(type),
+                        save && ln ? empty({s.rows, 6}, type) : absent(type)};
   const auto run = [&]<class T>(T) {
     LstmForward<T> args;
     in.fill(args);
@@ -103,8 +105,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm(
     run_kernel(GENFUSE_DISPATCH(lstm_kernels<T>)().forward, args);
   };
   type == ScalarType::Double ? run(double{}) : run(float{});
-  return {to_type(y, in.dtype), to_type(h_n, in.dtype), to_type(c_n, in.dtype), reserve.hidden, reserve.cells,
-          reserve.gates,        reserve.recurrent,      reserve.stats};
+  return {to_type(y, in.dtype), to_type(h_n, in.dtype), to_type(c_n, in.dtype), reserve.hidden,
+          reserve.cells,        reserve.gates,          reserve.recurrent,      reserve.stats};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(
@@ -116,10 +118,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     const Tensor& hidden, const Tensor& cells, const Tensor& gates, const Tensor& recurrent, const Tensor& stats,
     double zoneout_h, double zoneout_c, double weight_drop, double input_dropout, double output_dropout, double eps,
     bool training, bool reverse, bool needs_x, bool needs_weights) {
-  const LstmTensors in(x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, ln_ih, ln_hh, ln_c_weight,
-                       ln_c_bias, batch_sizes, resets,
-                       make_regularizers(zoneout_h, zoneout_c, weight_drop, input_dropout, output_dropout, training, rng),
-                       eps, reverse);
+  const LstmTensors in(
+      x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, ln_ih, ln_hh, ln_c_weight, ln_c_bias, batch_sizes,
+      resets, make_regularizers(zoneout_h, zoneout_c, weight_drop, input_dropout, output_dropout, training, rng), eps,
+      reverse);
   const Sequence& s = in.seq;
   const ScalarType type = in.compute;
   const int64_t B = s.batch, H = s.hidden, S = s.state, N = s.rows;

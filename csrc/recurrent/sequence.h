@@ -9,10 +9,10 @@ namespace genfuse {
 // Rows are time-major: row(t, b) = t * batch + b, or, packed (batch_sizes given), the row of PackedSequence.data.
 struct Sequence {
   int64_t steps = 0, batch = 0;
-  int64_t input = 0;   // I, features of x
-  int64_t hidden = 0;  // H, units
-  int64_t state = 0;   // features of h: H, or P with a projection
-  int64_t rows = 0;    // steps * batch, or the sum of batch_sizes
+  int64_t input = 0;                     // I, features of x
+  int64_t hidden = 0;                    // H, units
+  int64_t state = 0;                     // features of h: H, or P with a projection
+  int64_t rows = 0;                      // steps * batch, or the sum of batch_sizes
   const int64_t* batch_sizes = nullptr;  // [steps], not increasing, or null
   const bool* resets = nullptr;          // [steps, batch], dense only, or null
   int64_t x_step = 0, x_batch = 0;       // element strides of x; packed: x_batch is the row stride

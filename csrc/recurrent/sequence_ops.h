@@ -42,8 +42,8 @@ struct SequenceTensors {
       int64_t rows = 0, before = seq.batch;
       for (int64_t t = 0; t < seq.steps; ++t) {
         const int64_t n = seq.batch_sizes[t];
-        STD_TORCH_CHECK(n > 0 && n <= before && (t > 0 || n == seq.batch),
-                        "batch_sizes must start at the batch size ", seq.batch, " and never increase, got ", n, " at ", t);
+        STD_TORCH_CHECK(n > 0 && n <= before && (t > 0 || n == seq.batch), "batch_sizes must start at the batch size ",
+                        seq.batch, " and never increase, got ", n, " at ", t);
         before = n;
         rows += n;
       }
@@ -56,7 +56,8 @@ struct SequenceTensors {
       seq.x_batch = x.stride(1);
       if (reset.has_value()) {
         check_shape("resets", *reset, {seq.steps, seq.batch});
-        STD_TORCH_CHECK(reset->is_cpu() && reset->scalar_type() == ScalarType::Bool, "resets must be a bool tensor on the CPU");
+        STD_TORCH_CHECK(reset->is_cpu() && reset->scalar_type() == ScalarType::Bool,
+                        "resets must be a bool tensor on the CPU");
         resets = torch::stable::contiguous(*reset);
         seq.resets = read<bool>(*resets);
       }

@@ -1020,6 +1020,35 @@ def test_cells_equal_torchs(kind: str, bias: bool, batched: bool, given: bool) -
         ours(torch.zeros(3, 5))
 
 
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell"])
+@pytest.mark.parametrize(
+    ("shape", "state"),
+    [((3, 5), None), ((5,), None), ((3, 4), (2, 6)), ((3, 4), (1, 6)), ((3, 4), (3, 5)), ((4,), (5,))],
+)
+def test_a_cells_errors_are_torchs(kind: str, shape: tuple[int, ...], state: tuple[int, ...] | None) -> None:
+    """In the cell's own words: not those of the operator, whose arguments the user has never seen."""
+    theirs, ours = pair(kind, {})
+    hx: Any = None
+    if state is not None:
+        hx = (torch.zeros(state), torch.zeros(state)) if kind == "LSTMCell" else torch.zeros(state)
+    raised = []
+    for cell in (theirs, ours):
+        with pytest.raises(RuntimeError) as info:
+            cell(torch.zeros(shape), hx)
+        raised.append(str(info.value))
+    assert raised[0] == raised[1]
+
+
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell"])
+@pytest.mark.parametrize(("shape", "state"), [((3, 4), (6,)), ((4,), (1, 6))])
+def test_a_cell_and_its_state_are_both_batched_or_neither(
+    kind: str, shape: tuple[int, ...], state: tuple[int, ...]
+) -> None:
+    hx: Any = (torch.zeros(state), torch.zeros(state)) if kind == "LSTMCell" else torch.zeros(state)
+    with pytest.raises(RuntimeError, match=f"hidden0 must be {len(shape)}D, as the input is, got {len(state)}D"):
+        getattr(nn, kind)(4, 6)(torch.zeros(shape), hx)
+
+
 def test_a_cell_walks_like_a_layer() -> None:
     layer, cell = nn.LSTM(4, 6), nn.LSTMCell(4, 6)
     cell.load_state_dict({name.removesuffix("_l0"): tensor for name, tensor in layer.state_dict().items()})
@@ -1158,6 +1187,20 @@ def test_both_directions_read_the_same_masked_input(packed: bool) -> None:
         seen.append(gradient != 0)
     assert torch.equal(*seen)
     assert 0.3 < float(seen[0].double().mean()) < 0.7
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_a_regulariser_may_be_assigned_later(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that has become more than torch's is no longer left to torch's operator, wherever it runs."""
+    layer = module(kind, device="meta")
+    calls = []
+    whole = type(layer)._torchs
+    monkeypatch.setattr(type(layer), "_torchs", lambda *arguments: calls.append(1) or whole(*arguments))
+    layer(torch.zeros(5, 3, 4, device="meta"))
+    assert len(calls) == 1
+    layer.zoneout_h = 0.1
+    layer(torch.zeros(5, 3, 4, device="meta"))
+    assert len(calls) == 1
 
 
 def test_layers_train() -> None:

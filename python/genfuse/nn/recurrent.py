@@ -47,13 +47,16 @@ class _Stack(torch.nn.RNNBase):
     weight_drop: float
     input_dropout: float
     output_dropout: float
-    _plain: bool  # whether torch's own layer computes the same
+
+    @property
+    def _plain(self) -> bool:
+        """Whether torch's own layer computes the same; asked anew, since the probabilities may be assigned to."""
+        return not any(getattr(self, name) for name in _REGULARIZERS)
 
     def _set_regularizers(self, **probabilities: float) -> None:
         _check_probabilities(**probabilities)
         for name in _REGULARIZERS:
             setattr(self, name, float(probabilities.get(name, 0.0)))
-        self._plain = not any(probabilities.values())
 
     def extra_repr(self) -> str:
         extra = [f"{name}={getattr(self, name)}" for name in _REGULARIZERS if getattr(self, name) != 0.0]
@@ -219,8 +222,7 @@ class LSTM(_Stack):
 
     Args:
         *args: torch.nn.LSTM's: input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
-        proj_size,
-            device, dtype.
+            proj_size, device, dtype.
         zoneout_h: zoneout of the hidden state, in every layer (Krueger et al. 2016, arXiv 1606.01305).
         zoneout_c: zoneout of the cell state, in every layer.
         weight_drop: DropConnect on ``weight_hh``, in every layer (Merity, Keskar and Socher 2017, arXiv 1708.02182).
@@ -373,7 +375,6 @@ class LayerNormLSTM(LSTM):
     def __init__(self, *args: Any, eps: float = 1e-5, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.eps = eps
-        self._plain = False
         like = self._layer_weights(0)[0]
         self._norm_names: list[tuple[str, str, str, str]] = []
         for names in self._all_weights:
@@ -386,6 +387,10 @@ class LayerNormLSTM(LSTM):
                 value = None if absent else torch.empty(size, device=like.device, dtype=like.dtype)
                 self.register_parameter(name, None if value is None else torch.nn.Parameter(value))
         self._reset_norm()
+
+    @property
+    def _plain(self) -> bool:
+        return False
 
     def _reset_norm(self) -> None:
         for name, parameter in self.named_parameters(recurse=False):
@@ -447,7 +452,7 @@ class GRU(_Stack):
 
     Args:
         *args: torch.nn.GRU's: input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device,
-        dtype.
+            dtype.
         zoneout_h: zoneout of the hidden state, in every layer (Krueger et al. 2016, arXiv 1606.01305).
         weight_drop: DropConnect on ``weight_hh``, in every layer (Merity, Keskar and Socher 2017, arXiv 1708.02182).
         input_dropout: locked dropout of the first layer's input (Gal and Ghahramani 2016, arXiv 1512.05287).
@@ -548,7 +553,7 @@ class LSTMCell(torch.nn.LSTMCell):
         """One step: ``input [B, I]`` or ``[I]``, ``hx = (h [B, H], c [B, H])`` or without B; returns ``(h', c')``."""
         if not input.is_cpu and _forced_backend() is None:
             return super().forward(input, hx)
-        batched = _check_cell("LSTMCell", input, hx)
+        batched = _check_cell(self, input, hx)
         x = input.unsqueeze(0) if batched else input.view(1, 1, -1)
         if hx is None:
             h = c = torch.zeros(x.size(1), self.hidden_size, dtype=input.dtype, device=input.device)
@@ -570,7 +575,7 @@ class GRUCell(torch.nn.GRUCell):
         """One step: ``input [B, I]`` or ``[I]``, ``hx [B, H]`` or ``[H]``; returns the next h."""
         if not input.is_cpu and _forced_backend() is None:
             return super().forward(input, hx)
-        batched = _check_cell("GRUCell", input, None if hx is None else (hx,))
+        batched = _check_cell(self, input, None if hx is None else (hx,))
         x = input.unsqueeze(0) if batched else input.view(1, 1, -1)
         if hx is None:
             h = torch.zeros(x.size(1), self.hidden_size, dtype=input.dtype, device=input.device)
@@ -580,12 +585,37 @@ class GRUCell(torch.nn.GRUCell):
         return h if batched else h.squeeze(0)
 
 
-def _check_cell(name: str, input: Tensor, states: Sequence[Tensor] | None) -> bool:
-    """torch's checks; whether the input is batched."""
+def _check_cell(cell: torch.nn.RNNCellBase, input: Tensor, states: Sequence[Tensor] | None) -> bool:
+    """Whether the input is batched; raises if a shape does not fit."""
+    shape = input.shape
+    batched = len(shape) == 2
+    wanted = (shape[0], cell.hidden_size) if batched else (cell.hidden_size,)
+    if not (batched or len(shape) == 1) or shape[-1] != cell.input_size:
+        _explain_cell(cell, input, states or ())
+    for state in states or ():
+        if state.shape != wanted:
+            _explain_cell(cell, input, states or ())
+    return batched
+
+
+def _explain_cell(cell: torch.nn.RNNCellBase, input: Tensor, states: Sequence[Tensor]) -> None:
+    """Raise for the first shape that does not fit, with torch's messages."""
+    name = type(cell).__name__
     if input.dim() not in (1, 2):
         raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
-    for index, state in enumerate(states or ()):
+    if input.size(-1) != cell.input_size:
+        raise RuntimeError(f"input has inconsistent input_size: got {input.size(-1)} expected {cell.input_size}")
+    for index, state in enumerate(states):
         if state.dim() not in (1, 2):
-            label = f"hx[{index}]" if name == "LSTMCell" else "hidden"
+            label = f"hx[{index}]" if isinstance(cell, LSTMCell) else "hidden"
             raise ValueError(f"{name}: Expected {label} to be 1D or 2D, got {state.dim()}D instead")
-    return input.dim() == 2
+        if state.dim() != input.dim():
+            raise RuntimeError(f"hidden{index} must be {input.dim()}D, as the input is, got {state.dim()}D instead")
+        if state.size(-1) != cell.hidden_size:
+            raise RuntimeError(
+                f"hidden{index} has inconsistent hidden_size: got {state.size(-1)}, expected {cell.hidden_size}"
+            )
+        if state.size(0) != input.size(0) and input.dim() == 2:
+            raise RuntimeError(
+                f"Input batch size {input.size(0)} doesn't match hidden{index} batch size {state.size(0)}"
+            )

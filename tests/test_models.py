@@ -195,5 +195,10 @@ def test_wrong_tokens() -> None:
     model, _ = pair("lstm")
     with pytest.raises(ValueError, match=r"tokens must be \[B, T\]"):
         model(torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"tokens must be \[B, T\], got \[3\]"):
+        model.log_prob(torch.zeros(3, dtype=torch.int64))
     with pytest.raises(IndexError):
         model(torch.full((1, 2), V))
+    tokens = torch.zeros(2, 5, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"targets must have the shape of tokens, \[2, 5\]; got \[5, 2\]"):
+        model.loss(tokens, tokens.t())  # as many targets as tokens, but not theirs

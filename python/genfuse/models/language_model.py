@@ -128,8 +128,7 @@ class LSTMLanguageModel(torch.nn.Module):
 
     def _hidden(self, tokens: Tensor, state: State | None) -> tuple[Tensor, Tensor, State]:
         """The last layer's output ``[T, B, D]``, the same after dropout, and the state after it."""
-        if tokens.dim() != 2:
-            raise ValueError(f"LSTMLanguageModel: tokens must be [B, T], got shape {tuple(tokens.shape)}")
+        _check_tokens(tokens)
         steps_first = tokens.t()
         x = self.embedding(steps_first)
         if self.training and self.embedding_dropout > 0.0:
@@ -171,7 +170,8 @@ class LSTMLanguageModel(torch.nn.Module):
             >>> model.log_prob(torch.tensor([[0, 1, 2], [0, 3, 4]])).shape
             torch.Size([2])
         """
-        if tokens.dim() == 2 and tokens.size(1) < 2:
+        _check_tokens(tokens)
+        if tokens.size(1) < 2:
             return self.head.bias.new_zeros(tokens.size(0))
         _, hidden, _ = self._hidden(tokens[:, :-1], state)
         targets = tokens[:, 1:].t()
@@ -190,12 +190,20 @@ class LSTMLanguageModel(torch.nn.Module):
 
         Returns:
             ``(loss [], state)``.
+
+        Raises:
+            ValueError: the tokens are not ``[B, T]``, or the targets not of their shape.
+            IndexError: a token or target is outside the vocabulary.
         """
         nll, penalty, state = self.loss_parts(tokens, targets, state)
         return nll + penalty, state
 
     def loss_parts(self, tokens: Tensor, targets: Tensor, state: State | None = None) -> tuple[Tensor, Tensor, State]:
         """`loss` in two parts: ``(cross entropy [], AR + TAR [], state)``; their sum is the loss."""
+        _check_tokens(tokens)
+        if targets.shape != tokens.shape:
+            want, have = list(tokens.shape), list(targets.shape)
+            raise ValueError(f"LSTMLanguageModel: targets must have the shape of tokens, {want}; got {have}")
         raw, hidden, state = self._hidden(tokens, state)
         nll = ops.linear_cross_entropy(hidden.flatten(0, 1), self.head.weight, targets.t().reshape(-1), self.head.bias)
         penalty = torch.zeros_like(nll)
@@ -260,6 +268,11 @@ class LSTMLanguageModel(torch.nn.Module):
             decode = ops.lstm_generate
             options["zoneout_c"] = self.zoneout_c
         return decode(prompt, length, self.embedding.weight, layers, self.head.weight, self.head.bias, **options)
+
+
+def _check_tokens(tokens: Tensor) -> None:
+    if tokens.dim() != 2:
+        raise ValueError(f"LSTMLanguageModel: tokens must be [B, T], got {list(tokens.shape)}")
 
 
 def _keep(shape: Sequence[int], probability: float, like: Tensor) -> Tensor:

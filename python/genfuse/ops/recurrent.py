@@ -947,6 +947,10 @@ def _check_generate(
             raise ValueError(f"{op}: u must be of a floating dtype, got {u.dtype}")
         if u.device != prompt.device:
             raise RuntimeError(f"{op}: u must be on {prompt.device}, as prompt is; got {u.device}")
+        if u.is_cpu and u.numel() and _has_values(u):
+            low, high = (float(bound) for bound in u.aminmax())
+            if not (low >= 0.0 and high < 1.0):  # false of NaN, too
+                raise ValueError(f"{op}: u must be in [0, 1), got values from {low} to {high}")
     if rng is not None:
         if not isinstance(rng, Tensor):
             raise TypeError(f"{op}: rng must be an int64 Tensor [2], got {type(rng).__name__}")

@@ -18,9 +18,10 @@ import torch
 
 pytest.importorskip("lightning")
 
+from genfuse.models import LSTMLanguageModel
 from genfuse.train import Stopped, UserError
 from genfuse.train.checkpoint import load_model, remove_unfinished, replacing
-from genfuse.train.run import evaluate, held_out_loss, sample, train_language_model
+from genfuse.train.run import bleu, evaluate, held_out_loss, sample, train_language_model
 from genfuse.train.settings import LanguageModelSettings
 from genfuse.train.text import Text, TextData, Vocabulary, WindowOrder, default_text, load_text
 from safetensors.torch import load_file, save_file
@@ -263,9 +264,14 @@ def test_evaluate_finds_what_training_measured(whole: Path, corpus: Path) -> Non
     metrics = json.loads((whole / "metrics.json").read_text())
     result = evaluate(saved)
     assert result["bits_per_char"] == pytest.approx(metrics["held_out_bits_per_char"], rel=1e-5)
-    assert result["bleu"] == pytest.approx(metrics["bleu"], abs=0.05)
+    assert result["bleu"] == metrics["bleu"]
     assert evaluate(saved, str(corpus))["characters"] == 9000
     assert float(saved.metadata["held_out_bits_per_char"]) == pytest.approx(result["bits_per_char"], rel=1e-5)
+
+
+def test_evaluate_draws_the_samples_that_training_drew(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("genfuse.train.run.bleu", lambda *arguments, seed: seed)
+    assert evaluate(load_model(whole))["bleu"] == TINY["seed"]
 
 
 def test_held_out_loss_carries_the_state(whole: Path) -> None:
@@ -276,6 +282,21 @@ def test_held_out_loss_carries_the_state(whole: Path) -> None:
         log_prob = float(saved.model.log_prob(torch.from_numpy(tokens.astype(np.int64))[None]))
     expected = -log_prob / (len(tokens) - 1)
     assert held_out_loss(saved.model, tokens) == pytest.approx(expected, rel=1e-5)
+
+
+def test_bleu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that recites a passage of the text has 1, one that writes another text's words has 0."""
+    text = default_text()
+    vocabulary = Vocabulary.of(text, "char")
+    tokens, others = vocabulary.encode(text[:6000]), vocabulary.encode("zig zag " * 64)
+    model = LSTMLanguageModel(vocabulary.size, 4, 4, 1)
+    for passage, expected in ((tokens[:512], 1.0), (others, 0.0)):
+
+        def recite(prompt: torch.Tensor, length: int, passage: Any = passage, **options: Any) -> torch.Tensor:
+            return torch.from_numpy(passage[:length].astype(np.int64)).expand(len(prompt), length)
+
+        monkeypatch.setattr(model, "generate", recite)
+        assert bleu(model, vocabulary, tokens, seed=0) == pytest.approx(expected, abs=1e-6)
 
 
 def test_sample(whole: Path) -> None:
@@ -406,6 +427,13 @@ def test_complete_run_reports_again(whole: Path, corpus: Path) -> None:
     train(corpus, whole, lines.append, resume=True)
     assert any("nothing to resume" in line for line in lines)
     assert json.loads((whole / "metrics.json").read_text())["bleu"] == json.loads(before)["bleu"]
+
+
+@pytest.mark.parametrize("save_every", [1, 100])
+def test_a_run_that_diverges_says_so(save_every: int, corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the loss is (nan|inf) at step \d+: training has diverged"):
+        train(corpus, tmp_path, learning_rate=1e30, save_every=save_every)
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 # Checkpoints of others.

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTh
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .checkpoint import LAST, replacing, save_weights
-from .errors import Stopped
+from .errors import Stopped, UserError
 from .module import LanguageModelModule, Plan
 from .plot import draw_curve
 
@@ -141,6 +141,7 @@ class Recorder(Checkpoint):
         mean = torch.as_tensor(self._sum / self._count)
         nats = float(trainer.strategy.reduce(mean, reduce_op="mean")) if trainer.world_size > 1 else float(mean)
         self._sum, self._count = 0.0, 0
+        _want_finite(nats, step)
         now = time.monotonic()
         order = self.plan.order
         speed = (step - self._logged_step) * order.batch_size * order.context / max(now - self._logged, 1e-9)
@@ -163,6 +164,7 @@ class Recorder(Checkpoint):
         assert isinstance(pl_module, LanguageModelModule)
         step, nats = trainer.global_step, pl_module.held_out
         assert nats is not None
+        _want_finite(nats, step)
         self.held_out.append((step, nats))
         if trainer.logger is not None:
             trainer.logger.log_metrics(
@@ -210,6 +212,12 @@ class Recorder(Checkpoint):
             trainer.save_checkpoint(self.folder / LAST)
         if stop and step < self.plan.total_steps:
             raise Stopped(self._signal or signal.SIGTERM, step)
+
+
+def _want_finite(nats: float, step: int) -> None:
+    """Stop a run that nothing can come of, before its NaN are saved as the best model."""
+    if not math.isfinite(nats):
+        raise UserError(f"the loss is {nats} at step {step}: training has diverged, try a smaller --learning-rate.")
 
 
 class ProgressBar(RichProgressBar):

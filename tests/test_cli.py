@@ -169,6 +169,7 @@ def test_sample(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("--top-k", "0", "--top-k must be at least 1"),
         ("--top-p", "0", "--top-p is a probability"),
         ("--top-p", "1.5", "--top-p is a probability"),
+        ("--seed", "18446744073709551616", "--seed must be a number of 64 bits"),
     ],
 )
 def test_sample_mistakes(

@@ -454,6 +454,8 @@ def sample(
         raise UserError(f"--top-k must be at least 1, not {top_k}.")
     if top_p is not None and not 0.0 < top_p <= 1.0:
         raise UserError(f"--top-p is a probability: it must be in (0, 1], not {top_p}.")
+    if seed is not None and not -(2**63) <= seed < 2**64:  # what torch takes
+        raise UserError(f"--seed must be a number of 64 bits, not {seed}.")
     generator = torch.Generator(saved.model.head.weight.device)
     if seed is None:
         generator.seed()
@@ -482,8 +484,10 @@ def evaluate(saved: SavedModel, data: str | None = None) -> dict[str, Any]:
         UserError: the text cannot be read, is too small, or the run's own data has changed.
     """
     run = saved.config.get("run", {})
+    seed = 0
     if data is None:
         settings = LanguageModelSettings.from_json(run["settings"])
+        seed = settings.seed  # the samples that training was judged by
         source = load_text(settings.data)
         if source.fingerprint != run["fingerprint"]:
             raise UserError(f"{source.name} has changed since the model was trained: name a text with --data.")
@@ -509,7 +513,7 @@ def evaluate(saved: SavedModel, data: str | None = None) -> dict[str, Any]:
         "unknown": unknown,
         "bits_per_char": nats / math.log(2.0),
         "perplexity": math.exp(nats),
-        "bleu": bleu(saved.model.cpu(), saved.vocabulary, tokens, seed=0),
+        "bleu": bleu(saved.model.cpu(), saved.vocabulary, tokens, seed=seed),
     }
 
 

@@ -171,7 +171,9 @@ def sample(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A run's folder, or its model.safetensors.")],
     prompt: Annotated[str, typer.Option(help="Text to go on from; by default a new line.")] = "",
     length: Annotated[int, typer.Option(help="Tokens to write: characters, or bytes at byte level.")] = 500,
-    temperature: Annotated[float, typer.Option(help="Low is cautious, above 1 is daring; 0 always takes the likeliest.")] = 0.8,
+    temperature: Annotated[
+        float, typer.Option(help="Low is cautious, above 1 is daring; 0 always takes the likeliest.")
+    ] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Choose among the k likeliest.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Choose among the likeliest of this total probability.")] = None,
     seed: Annotated[int | None, typer.Option(help="For the same text each time.")] = None,

@@ -473,6 +473,18 @@ def test_error_messages(op: str, change: dict[str, Any], kind: type[Exception], 
 
 
 @pytest.mark.parametrize("op", ["lstm", "gru"])
+def test_what_no_kernel_takes(op: str) -> None:
+    """A dtype of fewer bits, and a layer of no units: said in Python, and not by the library in terms of its files."""
+    inputs = make(op, "plain").inputs
+    with pytest.raises(ValueError, match=f"^{op}: x must be of a floating dtype .* got torch.float8_e4m3fn"):
+        op_of(op)(**{name: tensor.to(torch.float8_e4m3fn) for name, tensor in inputs.items()})
+    shapes = {"weight_ih": (0, 4), "weight_hh": (0, 0), "bias_ih": (0,), "bias_hh": (0,), "h0": (5, 0), "c0": (5, 0)}
+    empty = {name: torch.zeros(shapes[name]) if name in shapes else tensor for name, tensor in inputs.items()}
+    with pytest.raises(RuntimeError, match=rf"^{op}: weight_hh must have at least one unit, got \[0, 0\]"):
+        op_of(op)(**empty)
+
+
+@pytest.mark.parametrize("op", ["lstm", "gru"])
 @pytest.mark.parametrize(
     ("batch_sizes", "kind", "message"),
     [

@@ -43,6 +43,7 @@ _any_autocast = torch._C._is_any_autocast_enabled
 _cudnn_is_available: Callable[[], bool] = torch.backends.cudnn.is_available
 _is_compiling = torch.compiler.is_compiling
 _forced_backend = backends.forced
+_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
 
 # ---- what differs between the layers ---------------------------------------------------------------------------------
@@ -134,8 +135,10 @@ def _explain(
         if any(size is not None and size != got for got, (_, size) in zip(have, wanted, strict=True)):
             sizes = "[" + ", ".join("*" if size is None else str(size) for _, size in wanted) + "]"
             raise RuntimeError(f"{op}: {name} must be {letters} = {sizes}; got {have}")
-        if not value.dtype.is_floating_point:
-            raise ValueError(f"{op}: {name} must be of a floating dtype, got {value.dtype}")
+        if value.dtype not in _DTYPES:
+            raise ValueError(
+                f"{op}: {name} must be of a floating dtype (float32, float64, bfloat16 or float16), got {value.dtype}"
+            )
         assert isinstance(first, Tensor)  # it was the first to be tested
         if value.dtype != first.dtype:
             raise ValueError(
@@ -148,6 +151,11 @@ def _explain(
             raise TypeError(f"{op}: {name} must be a float, got {type(p).__name__}")
         if not 0.0 <= p <= 1.0:
             raise ValueError(f"{op}: {name} must be a probability in [0, 1], got {p}")
+
+
+def _want_units(op: str, weight_hh: Tensor) -> None:
+    if weight_hh.size(0) == 0:
+        raise RuntimeError(f"{op}: weight_hh must have at least one unit, got {list(weight_hh.shape)}")
 
 
 def _size(value: object, dim: int) -> int | None:
@@ -576,11 +584,11 @@ def lstm(
         dtype, device = x.dtype, x.device
         fits = (
             (x.dim() == 3 and x.size(1) == batch if batch_sizes is None else x.dim() == 2)
-            and gates == 4 * hidden
+            and gates == 4 * hidden > 0
             and h0.shape == (batch, outputs)
             and weight_ih.shape == (gates, x.size(-1))
             and dtype is h0.dtype is c0.dtype is weight_ih.dtype is weight_hh.dtype
-            and dtype.is_floating_point
+            and dtype in _DTYPES
             and device == h0.device == c0.device == weight_ih.device == weight_hh.device
             and (bias_ih is None or (bias_ih.shape == (gates,) and bias_ih.dtype is dtype and bias_ih.device == device))
             and (bias_hh is None or (bias_hh.shape == (gates,) and bias_hh.dtype is dtype and bias_hh.device == device))
@@ -672,6 +680,7 @@ def _explain_lstm(
     ]
     names = ("zoneout_h", "zoneout_c", "weight_drop", "input_dropout", "output_dropout")
     _explain("lstm", tensors, tuple(zip(names, probabilities, strict=True)))
+    _want_units("lstm", weight_hh)
     absent = [name for name, value, _ in norm if value is None]
     if 0 < len(absent) < len(norm):
         raise ValueError(
@@ -799,11 +808,11 @@ def gru(
         batch = h0.size(0)
         fits = (
             (x.dim() == 3 and x.size(1) == batch if batch_sizes is None else x.dim() == 2)
-            and gates == 3 * hidden
+            and gates == 3 * hidden > 0
             and h0.shape == (batch, hidden)
             and weight_ih.shape == (gates, x.size(-1))
             and dtype is h0.dtype is weight_ih.dtype is weight_hh.dtype
-            and dtype.is_floating_point
+            and dtype in _DTYPES
             and device == h0.device == weight_ih.device == weight_hh.device
             and (bias_ih is None or (bias_ih.shape == (gates,) and bias_ih.dtype is dtype and bias_ih.device == device))
             and (bias_hh is None or (bias_hh.shape == (gates,) and bias_hh.dtype is dtype and bias_hh.device == device))
@@ -865,6 +874,7 @@ def _explain_gru(
     ]
     names = ("zoneout_h", "weight_drop", "input_dropout", "output_dropout")
     _explain("gru", tensors, tuple(zip(names, probabilities, strict=True)))
+    _want_units("gru", weight_hh)
 
 
 def _vendor_gru(

@@ -218,6 +218,9 @@ class LSTM(_Stack):
     """`torch.nn.LSTM`, with the same constructor, parameters and results, and with the regularisers of
     `genfuse.ops.lstm`.
 
+    It derives from `torch.nn.RNNBase` and not from `torch.nn.LSTM`, which `torch.compile` refuses to trace. For a graph
+    without Python use `torch.export`: `torch.jit.script`, which is deprecated, does not take it.
+
     Letters: L = T steps, N = B rows, D directions, k layers, H = hidden_size, Hy = proj_size or H.
 
     Args:
@@ -449,6 +452,9 @@ class LayerNormLSTM(LSTM):
 class GRU(_Stack):
     """`torch.nn.GRU`, with the same constructor, parameters and results, and with the regularisers of
     `genfuse.ops.gru`.
+
+    It derives from `torch.nn.RNNBase`, as `LSTM` does. Under autocast on the CPU the results are of autocast's dtype,
+    as any LSTM's are; torch's GRU stays in float32 there.
 
     Args:
         *args: torch.nn.GRU's: input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device,

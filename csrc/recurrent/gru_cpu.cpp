@@ -20,8 +20,7 @@ class GruForwardCpu : RecurrentCpu<T, 3> {
   using V = Vec<T>;
 
   const GruForward<T>& p;
-  bool packed;  // W_hh; W_ih is packed if there are rows enough
-  bool packed_input;
+  bool few_rows;  // W_ih is used where it lies, and x is packed
   int64_t chunk;
   Panels<T> w_ih, w_hh;
   T* bias;  // [h_vectors][4][L]: r, z, and the candidate's two
@@ -33,13 +32,13 @@ class GruForwardCpu : RecurrentCpu<T, 3> {
  public:
   using Base::work;
   GruForwardCpu(const GruForward<T>& args, Arena& arena, int threads) : Base(args, arena, threads, 1), p(args) {
-    packed = seq.rows > kUnpackedRows;
-    packed_input = seq.rows > kUnpackedProjectionRows;
+    const bool once = seq.rows <= kUnpackedRows;
+    few_rows = !once && seq.rows <= kUnpackedProjectionRows;
     chunk = chunk_steps(seq, kForwardChunkRows);
     const int64_t rows = minimum(chunk * seq.batch, seq.rows);
-    const int64_t few = packed ? Panels<T>::size(seq.input, rows) : 0;
-    w_ih = {arena.take<T>(packed_input ? 3 * ld_h * seq.input : few), seq.input, 3 * ld_h};
-    w_hh = {packed ? arena.take<T>(3 * ld_h * H) : nullptr, H, 3 * ld_h};
+    const int64_t input_size = few_rows ? Panels<T>::size(seq.input, rows) : 3 * ld_h * seq.input;
+    w_ih = {once ? nullptr : arena.take<T>(input_size), seq.input, 3 * ld_h};
+    w_hh = {once || seq.batch == 1 ? nullptr : arena.take<T>(3 * ld_h * H), H, 3 * ld_h};
     bias = arena.take<T>(4 * ld_h);
     h[0] = arena.take<T>(seq.batch * ld_h);
     h[1] = arena.take<T>(seq.batch * ld_h);
@@ -85,11 +84,11 @@ class GruForwardCpu : RecurrentCpu<T, 3> {
         to[2 * L] = of(p.b_ih, 2);
         to[3 * L] = of(p.b_hh, 2);
       }
-      if (packed_input) {
+      if (w_ih.data != nullptr && !few_rows) {
         pack_columns<T>(
             3 * L, seq.input, [&](int64_t j) { return this->column(p.w_ih, seq.input, v, j); }, w_ih.panel(3 * v));
       }
-      if (packed) {
+      if (w_hh.data != nullptr) {
         pack_columns<T>(
             3 * L, H, [&](int64_t j) { return this->column(this->recurrent_weights(), H, v, j); }, w_hh.panel(3 * v));
       }
@@ -103,7 +102,7 @@ class GruForwardCpu : RecurrentCpu<T, 3> {
 
   // tile[row][3 gates][L] = rows . the unit block's three gates
   void gate_product(int64_t v, int count, const T* const* rows, const Panels<T>& panels, const T* w, T* tile) const {
-    if (packed) {
+    if (panels.data != nullptr) {
       multiply(count, 3, panels.depth, rows, 1, panels.panel(3 * v), tile);
     } else {
       multiply_unpacked(
@@ -116,7 +115,7 @@ class GruForwardCpu : RecurrentCpu<T, 3> {
   }
 
   void project_input(const Member& m, const Chunk& part) {
-    if (packed && !packed_input) {
+    if (few_rows) {
       project_few<T>(m, part.rows, x_rows, p.w_ih, G, seq.input, w_ih.data,
                      [&](int64_t row) { return gates_row(part, part.first_row + row); });
       return;
@@ -203,7 +202,7 @@ class GruBackwardCpu : RecurrentCpu<T, 3> {
     x_rows = arena.take<const T*>(rows);
     h_rows = arena.take<const T*>(rows);
     x_masked = this->reg.masks_input() ? arena.take<T>(rows * seq.input) : nullptr;
-    b_panels = p.needs_weights ? arena.take<T>(Panels<T>::size(rows, maximum(seq.input, H))) : nullptr;
+    b_panels = p.needs_weights ? arena.take<T>(Panels<T>::size(rows, seq.input) + Panels<T>::size(rows, H)) : nullptr;
     tile_size = weight_gradient_tiles<T>(rows);
     a_tiles = p.needs_weights ? arena.take<T>(tile_size * threads) : nullptr;
   }
@@ -292,14 +291,16 @@ class GruBackwardCpu : RecurrentCpu<T, 3> {
     if (p.needs_weights) {
       bias_gradient(m, part, first);
       T* tiles = a_tiles + m.rank * tile_size;
-      const auto x_row = [&](int64_t k) { return x_rows[k]; };
       const int64_t I = seq.input, ld = 4 * H;
-      weight_gradient<T>(m, part.rows, grad_gates, ld, 0, H, x_row, I, p.grad_w_ih + 2 * H * I, I, !first, b_panels,
-                         tiles);
-      weight_gradient<T>(m, part.rows, grad_gates, ld, H, 2 * H, x_row, I, p.grad_w_ih, I, !first, b_panels, tiles);
-      weight_gradient<T>(
-          m, part.rows, grad_gates, ld, H, G, [&](int64_t k) { return h_rows[k]; }, H, p.grad_w_hh, H, !first, b_panels,
-          tiles);
+      // n, r, z, hn: the first three are the gradient of W_ih x, the last three that of W_hh h.
+      const auto x_row = [&](int64_t k) { return x_rows[k]; };
+      const auto h_row = [&](int64_t k) { return h_rows[k]; };
+      const auto product = [&](int64_t first_column, int64_t count, const auto&... of) {
+        weight_gradient<T>(m, part.rows, grad_gates, ld, first_column, count, !first, b_panels, tiles, of...);
+      };
+      product(0, H, gradient_of(x_row, I, p.grad_w_ih + 2 * H * I));
+      product(H, 2 * H, gradient_of(x_row, I, p.grad_w_ih), gradient_of(h_row, H, p.grad_w_hh));
+      product(3 * H, H, gradient_of(h_row, H, p.grad_w_hh + 2 * H * H));
     }
     if (p.needs_x) this->input_gradient(m, part, grad_gates, 4 * H, w_ih, p.grad_x);
   }

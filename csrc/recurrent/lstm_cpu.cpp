@@ -31,8 +31,7 @@ class LstmForwardCpu : RecurrentCpu<T, 4> {
 
   const LstmForward<T>& p;
   const LstmInputs<T>& in = p;
-  bool packed;  // W_hh; W_ih is packed if there are rows enough
-  bool packed_input;
+  bool few_rows;  // W_ih is used where it lies, and x is packed
   int64_t chunk;
   Panels<T> w_ih, w_hh, w_hr;
   T* bias;   // [h_vectors][4][L]
@@ -52,15 +51,15 @@ class LstmForwardCpu : RecurrentCpu<T, 4> {
   using Base::work;
   LstmForwardCpu(const LstmForward<T>& args, Arena& arena, int threads)
       : Base(args, arena, threads, barriers_per_step(args)), p(args) {
-    packed = seq.rows > kUnpackedRows;
-    packed_input = seq.rows > kUnpackedProjectionRows;
+    const bool once = seq.rows <= kUnpackedRows;
+    few_rows = !once && seq.rows <= kUnpackedProjectionRows;
     chunk = chunk_steps(seq, kForwardChunkRows);
     const int64_t rows = minimum(chunk * seq.batch, seq.rows);
     const bool ln = in.layer_norm(), save = p.reserve.cells != nullptr;
-    const int64_t few = packed ? Panels<T>::size(seq.input, rows) : 0;
-    w_ih = {arena.take<T>(packed_input ? 4 * ld_h * seq.input : few), seq.input, 4 * ld_h};
-    w_hh = {packed ? arena.take<T>(4 * ld_h * S) : nullptr, S, 4 * ld_h};
-    w_hr = {in.projected() && packed ? arena.take<T>(ld_s * H) : nullptr, H, S};
+    const int64_t input_size = few_rows ? Panels<T>::size(seq.input, rows) : 4 * ld_h * seq.input;
+    w_ih = {once ? nullptr : arena.take<T>(input_size), seq.input, 4 * ld_h};
+    w_hh = {once || seq.batch == 1 ? nullptr : arena.take<T>(4 * ld_h * S), S, 4 * ld_h};
+    w_hr = {in.projected() && !once ? arena.take<T>(ld_s * H) : nullptr, H, S};
     bias = arena.take<T>(4 * ld_h);
     h[0] = arena.take<T>(seq.batch * ld_s);
     h[1] = arena.take<T>(seq.batch * ld_s);
@@ -117,11 +116,11 @@ class LstmForwardCpu : RecurrentCpu<T, 4> {
           bias[(v * 4 + gate) * L + l] = sum;
         }
       }
-      if (packed_input) {
+      if (w_ih.data != nullptr && !few_rows) {
         pack_columns<T>(
             4 * L, seq.input, [&](int64_t j) { return this->column(in.w_ih, seq.input, v, j); }, w_ih.panel(4 * v));
       }
-      if (packed) {
+      if (w_hh.data != nullptr) {
         pack_columns<T>(
             4 * L, S, [&](int64_t j) { return this->column(this->recurrent_weights(), S, v, j); }, w_hh.panel(4 * v));
       }
@@ -150,7 +149,7 @@ class LstmForwardCpu : RecurrentCpu<T, 4> {
 
   // tile[row][4 gates][L] = rows . the unit block's four gates
   void gate_product(int64_t v, int count, const T* const* rows, const Panels<T>& panels, const T* w, T* tile) const {
-    if (packed) {
+    if (panels.data != nullptr) {
       multiply(count, 4, panels.depth, rows, 1, panels.panel(4 * v), tile);
     } else {
       multiply_unpacked(
@@ -169,7 +168,7 @@ class LstmForwardCpu : RecurrentCpu<T, 4> {
   }
 
   void project_input(const Member& m, const Chunk& part) {
-    if (packed && !packed_input) {
+    if (few_rows) {
       project_few<T>(m, part.rows, x_rows, in.w_ih, G, seq.input, w_ih.data,
                      [&](int64_t row) { return gates_row(part, part.first_row + row); });
       return;
@@ -437,8 +436,9 @@ class LstmBackwardCpu : RecurrentCpu<T, 4> {
     x_rows = arena.take<const T*>(rows);
     h_rows = arena.take<const T*>(rows);
     x_masked = in.reg.masks_input() ? arena.take<T>(rows * seq.input) : nullptr;
-    const int64_t widest = maximum(seq.input, maximum(S, projected ? H : 0));
-    b_panels = p.needs_weights ? arena.take<T>(Panels<T>::size(rows, widest)) : nullptr;
+    const auto panels = [&](int64_t columns) { return Panels<T>::size(rows, columns); };
+    const int64_t both = ln ? maximum(panels(seq.input), panels(S)) : panels(seq.input) + panels(S);
+    b_panels = p.needs_weights ? arena.take<T>(maximum(both, projected ? panels(H) : 0)) : nullptr;
     tile_size = weight_gradient_tiles<T>(rows);
     a_tiles = p.needs_weights ? arena.take<T>(tile_size * threads) : nullptr;
   }
@@ -683,16 +683,17 @@ class LstmBackwardCpu : RecurrentCpu<T, 4> {
     if (p.needs_weights) {
       T* tiles = a_tiles + m.rank * tile_size;
       const bool add = !first;
-      weight_gradient<T>(
-          m, part.rows, grad_gates, G, 0, G, [&](int64_t k) { return x_rows[k]; }, seq.input, p.grad_w_ih, seq.input,
-          add, b_panels, tiles);
-      weight_gradient<T>(
-          m, part.rows, grad_rec, G, 0, G, [&](int64_t k) { return h_rows[k]; }, S, p.grad_w_hh, S, add, b_panels,
-          tiles);
+      const auto of_w_ih = gradient_of([&](int64_t k) { return x_rows[k]; }, seq.input, p.grad_w_ih);
+      const auto of_w_hh = gradient_of([&](int64_t k) { return h_rows[k]; }, S, p.grad_w_hh);
+      if (grad_rec == grad_gates) {
+        weight_gradient<T>(m, part.rows, grad_gates, G, 0, G, add, b_panels, tiles, of_w_ih, of_w_hh);
+      } else {
+        weight_gradient<T>(m, part.rows, grad_gates, G, 0, G, add, b_panels, tiles, of_w_ih);
+        weight_gradient<T>(m, part.rows, grad_rec, G, 0, G, add, b_panels, tiles, of_w_hh);
+      }
       if (in.projected()) {
-        weight_gradient<T>(
-            m, part.rows, grad_proj, S, 0, S, [&](int64_t k) { return raw_h + k * H; }, H, p.grad_w_hr, H, add,
-            b_panels, tiles);
+        weight_gradient<T>(m, part.rows, grad_proj, S, 0, S, add, b_panels, tiles,
+                           gradient_of([&](int64_t k) { return raw_h + k * H; }, H, p.grad_w_hr));
       }
     }
     if (p.needs_x) this->input_gradient(m, part, grad_gates, G, w_ih, p.grad_x);

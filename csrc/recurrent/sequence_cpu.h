@@ -267,33 +267,66 @@ inline void put_tile(const T* tile, int count, int vectors, T* const* rows, int6
   }
 }
 
+// One operand B of a weight gradient, given by its rows, and where its product goes: C [.., columns], contiguous.
+template <class T, class Row>
+struct GradientOf {
+  Row row;
+  int64_t columns;
+  T* c;
+};
+template <class T, class Row>
+GradientOf<T, Row> gradient_of(Row row, int64_t columns, T* c) {
+  return {row, columns, c};
+}
+
 inline constexpr int kGradientTiles = 16;
 
-// C[m, :] (+)= sum over k of A[k][m] * B[k, :], the weight gradient of one chunk: A is the gradient of the gates
-// (`a`, row stride lda, columns [a_first, a_first + count)), B given by rows. Members share out C's rows; B is packed
-// by all of them first, in blocks of depth, into `b_panels`; `a_tiles` is this member's own buffer.
-template <class T, class BRow>
+// From one packed tile of A to the next: not a multiple of 4 KB, or the tiles that are written side by side would meet
+// in a few sets of the first cache.
+template <class T>
+inline int64_t gradient_tile(int64_t depth) {
+  constexpr int64_t line = 64 / sizeof(T);
+  return round_up(depth * kTileRows, 64 * line) + 5 * line;
+}
+template <class T>
+inline int64_t weight_gradient_tiles(int64_t depth) {
+  return kGradientTiles * gradient_tile<T>(depth);
+}
+
+// C[m, :] (+)= sum over k of A[k][m] * B[k, :], the weight gradients of one chunk, for every B in `products`: A is the
+// gradient of the gates (`a`, row stride lda, columns [a_first, a_first + count)). Members share out C's rows; the Bs
+// are packed by all of them first, into `b_panels`; `a_tiles` is this member's own buffer.
+template <class T, class... Products>
 inline void weight_gradient(const Member& m, int64_t depth, const T* a, int64_t lda, int64_t a_first, int64_t count,
-                            BRow b_row, int64_t columns, T* c, int64_t ldc, bool accumulate, T* b_panels, T* a_tiles) {
+                            bool accumulate, T* b_panels, T* a_tiles, const Products&... products) {
   constexpr int lanes = kLanes<T>;
-  const int64_t vectors = ceil_div(columns, lanes);
-  const Panels<T> b{b_panels, depth, columns};
+  // Calls f(product, its panels, its columns in vectors) for each.
+  const auto each = [&](auto f) {
+    T* panels = b_panels;
+    const auto one = [&](const auto& product) {
+      f(product, Panels<T>{panels, depth, product.columns}, Range{0, ceil_div(product.columns, lanes)});
+      panels += Panels<T>::size(depth, product.columns);
+    };
+    (one(products), ...);
+  };
   m.wait();
-  Panels<T>::for_panels({0, vectors}, [&](int64_t v, int width) {
-    if ((v / kPanelVectors) % m.size != m.rank) return;
-    pack_rows<T>(width * lanes, columns - v * lanes, depth, b_row, v * lanes, b.panel(v));
+  each([&](const auto& product, const Panels<T>& b, Range vectors) {
+    Panels<T>::for_panels(vectors, [&](int64_t v, int width) {
+      if ((v / kPanelVectors) % m.size != m.rank) return;
+      pack_rows<T>(width * lanes, product.columns - v * lanes, depth, product.row, v * lanes, b.panel(v));
+    });
   });
   m.wait();
   // A block of A's columns at a time, so that its packed tiles stay in L2 while every panel of B passes.
   constexpr int64_t block = kGradientTiles * kTileRows;
-  const int64_t blocks = ceil_div(count, block);
+  const int64_t blocks = ceil_div(count, block), tile_size = gradient_tile<T>(depth);
   alignas(64) T tile[kTileRows * kPanel<T>];
   for (int64_t i = m.rank; i < blocks; i += m.size) {
     const int64_t begin = i * block, end = minimum(begin + block, count);
     for (int64_t k = 0; k < depth; ++k) {
       const T* from = a + k * lda + a_first;
-      for (int64_t first = begin; first < end; first += kTileRows) {
-        T* to = a_tiles + (first - begin) * depth + k * kTileRows;
+      T* to = a_tiles + k * kTileRows;
+      for (int64_t first = begin; first < end; first += kTileRows, to += tile_size) {
         if (first + kTileRows <= end) {
           std::memcpy(to, from + first, kTileRows * sizeof(T));
         } else {
@@ -301,24 +334,23 @@ inline void weight_gradient(const Member& m, int64_t depth, const T* a, int64_t 
         }
       }
     }
-    Panels<T>::for_panels({0, vectors}, [&](int64_t v, int width) {
-      for (int64_t first = begin; first < end; first += kTileRows) {
-        const int n = static_cast<int>(minimum(kTileRows, end - first));
-        const T* rows[kTileRows];
-        T* out[kTileRows];
-        for (int r = 0; r < n; ++r) {
-          rows[r] = a_tiles + (first - begin) * depth + r;
-          out[r] = c + (first + r) * ldc;
+    each([&](const auto& product, const Panels<T>& b, Range vectors) {
+      Panels<T>::for_panels(vectors, [&](int64_t v, int width) {
+        const T* packed = a_tiles;
+        for (int64_t first = begin; first < end; first += kTileRows, packed += tile_size) {
+          const int n = static_cast<int>(minimum(kTileRows, end - first));
+          const T* rows[kTileRows];
+          T* out[kTileRows];
+          for (int r = 0; r < n; ++r) {
+            rows[r] = packed + r;
+            out[r] = product.c + (first + r) * product.columns;
+          }
+          multiply(n, width, depth, rows, kTileRows, b.panel(v), tile);
+          put_tile(tile, n, width, out, v * lanes, product.columns, accumulate);
         }
-        multiply(n, width, depth, rows, kTileRows, b.panel(v), tile);
-        put_tile(tile, n, width, out, v * lanes, columns, accumulate);
-      }
+      });
     });
   }
-}
-template <class T>
-inline int64_t weight_gradient_tiles(int64_t depth) {
-  return kGradientTiles * kTileRows * depth;
 }
 
 // C[row, :] = sum over k of A[row, k] B[k, :] for all rows of a chunk: A row-major (a, lda), B packed.
@@ -338,7 +370,9 @@ inline void multiply_chunk(const Member& m, int64_t rows, const T* a, int64_t ld
 
 // ---- what every cell's two passes share ----
 
-// Up to this many rows, the weights are used where they lie: packing would read and write them for a single use.
+// Up to this many rows, the weights are used where they lie: packing would read and write them for a single use. W_hh
+// of a batch of one is used so at every step, too: the shared cache's speed is the limit then, and a copy in it only
+// takes room.
 inline constexpr int64_t kUnpackedRows = 4;
 
 // Sizes in vectors, the grid, masked weights, locked masks, zoneout's decisions. `Gates` rows of W_hh to a unit.

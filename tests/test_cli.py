@@ -134,6 +134,11 @@ def test_wrong_folder(corpus: Path, trained: Path, capsys: pytest.CaptureFixture
     command = ["train", "lstm", "--data", str(corpus), *TINY, "--out"]
     assert "cannot write to" in fails([*command, str(a_file)], capsys)
     assert "already holds a run" in fails([*command, str(trained)], capsys)
+    lost = tmp_path / "lost"
+    lost.mkdir()
+    (lost / "last.ckpt").write_bytes((trained / "last.ckpt").read_bytes())
+    for option in ([], ["--resume"]):
+        assert "holds last.ckpt but no config.json" in fails([*command, str(lost), *option], capsys)
     assert "cannot be resumed with 9" in fails([*command, str(trained), "--resume", "--hidden-size", "9"], capsys)
 
 
@@ -211,6 +216,16 @@ def test_missing_typer(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "typer", None)
     monkeypatch.delitem(sys.modules, "genfuse.train.commands", raising=False)
     assert "needs typer, which is not installed: pip install 'genfuse[train]'" in fails(["--help"], capsys)
+
+
+def test_a_reader_that_goes_is_no_traceback(trained: Path) -> None:
+    command = [sys.executable, "-m", "genfuse", "sample", str(trained), "--length", "200000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(timeout=60) == 1
 
 
 @pytest.mark.slow

@@ -1,12 +1,12 @@
 """The ``genfuse`` command: what a user did wrong is one sentence on stderr and exit code 2, never a traceback.
 
-Exit codes: 0 done; 1 the system failed (disk full, ...); 2 wrong input; 130 stopped by Ctrl-C, 143 by SIGTERM.
+Exit codes: 0 done; 1 the system failed (disk full, ...) or the reader of a pipe has gone, which Typer passes over in
+silence; 2 wrong input; 130 stopped by Ctrl-C, 143 by SIGTERM.
 This file imports nothing that an extra installs, so that a missing extra, too, is one sentence.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 
@@ -48,9 +48,6 @@ def run(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: let the exit be quiet
-        return 0
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         return _fail(f"{(error.strerror or str(error)).lower()}{where}.", code=1)

@@ -114,9 +114,7 @@ def train_language_model(
 
     settings = _settings(given, folder, resume)
     begun = (folder / CONFIG).exists()
-    if resume and not begun:
-        say(f"There is no run in {folder} yet: beginning one.")
-    resume = resume and begun
+    anew, resume = resume and not begun, resume and begun
     source = load_text(settings.data)
     saved = read_config(folder) if resume else None
     if saved is not None and saved["run"]["fingerprint"] != source.fingerprint:
@@ -143,6 +141,8 @@ def train_language_model(
     trainer, recorder = _trainer(folder, data, settings, plan, config, done, say, progress, machine)
     if first:
         _prepare_folder(folder, config, resume)
+    if anew:
+        say(f"There is no run in {folder} yet: beginning one.")
     _introduce(say, folder, data, settings, plan, done if resume else None)
     if done < plan.total_steps:
         _fit(trainer, data, settings, plan, config, folder / LAST if done else None)
@@ -176,6 +176,8 @@ def _prepare_folder(folder: Path, config: dict[str, Any], resume: bool) -> None:
         remove_unfinished(folder)
         if not resume:
             taken = [name for name in (CONFIG, WEIGHTS, LAST) if (folder / name).exists()]
+            if taken and CONFIG not in taken:
+                raise UserError(f"{folder} holds {taken[0]} but no {CONFIG}: name another folder with --out.")
             if taken:
                 raise UserError(f"{folder} already holds a run: continue it with --resume, or name another with --out.")
         write_json(folder / CONFIG, config)

@@ -89,6 +89,21 @@ def test_forward_loss_and_gradients(cell: str, tie_weights: bool) -> None:
     torch.testing.assert_close(ours.log_prob(tokens), twin.log_prob(tokens), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("tie_weights", [False, True])
+@pytest.mark.parametrize("cell", CELLS)
+def test_second_derivatives_are_the_twins(cell: str, tie_weights: bool) -> None:
+    tokens = some_tokens()
+    found = []
+    for model in pair(cell, tie_weights=tie_weights):
+        parameters = list(model.parameters())
+        loss, _ = model.loss(tokens[:, :-1], tokens[:, 1:])
+        gradients = torch.autograd.grad(loss, parameters, create_graph=True)
+        penalty = torch.stack([gradient.square().sum() for gradient in gradients]).sum()
+        found.append(torch.autograd.grad(penalty, parameters))
+    for ours, twins in zip(*found, strict=True):
+        torch.testing.assert_close(ours, twins, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("regularised", [False, True])
 @pytest.mark.parametrize("cell", CELLS)
 def test_trained_side_by_side(cell: str, regularised: bool) -> None:

@@ -1325,6 +1325,27 @@ def test_linear_cross_entropy_transforms_and_autocast() -> None:
     torch.testing.assert_close(compiled(hidden), ops.linear_cross_entropy(hidden, weight, target))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("way", ["public", "loop"])
+def test_second_derivatives_of_linear_cross_entropy(reduction: str, bias: bool, way: str) -> None:
+    """torch's chunked operator takes its own gradient for a constant, and says nothing."""
+    leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((5, 3), (7, 3), (7,))]
+    target = torch.tensor([0, 6, -100, 3, 3])
+
+    def function(hidden: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
+        if way == "loop":
+            chosen = rest[0] if rest else None
+            return recurrent_ops._chunked_linear_cross_entropy(hidden, weight, target, chosen, reduction, -100)
+        return ops.linear_cross_entropy(hidden, weight, target, *rest, reduction=reduction)
+
+    inputs = leaves if bias else leaves[:2]
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+    leaves[1].requires_grad_(False)  # a frozen head
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [

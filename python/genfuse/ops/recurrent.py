@@ -1308,8 +1308,8 @@ def linear_cross_entropy(
     """Cross entropy of ``softmax(hidden @ weight.T + bias)``, in nats, whose ``[N, V]`` logits never exist at once.
 
     ``torch.nn.functional.linear_cross_entropy`` with chunking where torch has it (2.13), else a loop over chunks which
-    computes the logits again in backward. torch's has a first derivative only; under `torch.func` transforms the
-    reference serves, which has them all, and so it does inside ``genfuse.use_backend("reference")``.
+    computes the logits again in backward. Derivatives of any order exist; those above the first, and `torch.func`
+    transforms, are computed by the reference, with all logits at once.
 
     Args:
         hidden: ``[N, D]``.
@@ -1359,8 +1359,8 @@ def linear_cross_entropy(
             if least < 0 or most >= weight.size(0):
                 worst = least if least < 0 else most
                 raise IndexError(f"linear_cross_entropy: target has class {worst}, out of range [0, {weight.size(0)})")
-    arguments = {"hidden": hidden, "weight": weight, "target": target, "bias": bias}
-    if backends.select("linear_cross_entropy", arguments) == "reference" or (
+    named = {"hidden": hidden, "weight": weight, "target": target, "bias": bias}
+    if backends.select("linear_cross_entropy", named) == "reference" or (
         not _is_compiling() and (_functorch_top() is not None or forward_ad._current_level >= 0)
     ):
         return reference.linear_cross_entropy(
@@ -1370,14 +1370,45 @@ def linear_cross_entropy(
     if not autocast and hasattr(F, "linear_cross_entropy") and hidden.size(0) > 0:
         # Gradients are computed in the forward pass; kept, so that backward may be called again on a retained graph.
         options = torch.nn.LinearCrossEntropyOptions(allow_retain_graph=True)
-        return F.linear_cross_entropy(
+        loss = F.linear_cross_entropy(
             *(hidden, weight, target),
             linear_bias=bias,
             reduction=reduction,
             ignore_index=ignore_index,
             options=options,
         )
+        if loss.requires_grad and not _is_compiling():
+            arguments = (hidden, weight, target, bias, reduction, ignore_index)
+            return cast(Tensor, _TwiceDifferentiable.apply(loss, *arguments))  # type: ignore[no-untyped-call]
+        return loss
     return _chunked_linear_cross_entropy(hidden, weight, target, bias, reduction, ignore_index)
+
+
+class _TwiceDifferentiable(torch.autograd.Function):
+    """torch's loss, whose gradient is the reference's where it is to be differentiated again.
+
+    torch returns its gradient as a constant: a second derivative would be wrong without a word.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, *arguments: Any) -> Tensor:
+        *tensors, ctx.reduction, ctx.ignore_index = arguments
+        ctx.save_for_backward(*tensors)
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gradients: list[Tensor | None] = [None] * 4
+        if not torch.is_grad_enabled():
+            return (grad, *gradients, None, None)
+        # Views, so that a gradient stops there: hidden may itself depend on a weight that is tied.
+        tensors: list[Any] = [None if tensor is None else tensor.view_as(tensor) for tensor in ctx.saved_tensors]
+        loss = reference.linear_cross_entropy(*tensors, reduction=ctx.reduction, ignore_index=ctx.ignore_index)
+        wanted = [place for place in range(4) if ctx.needs_input_grad[1 + place]]
+        found = torch.autograd.grad(loss, [tensors[place] for place in wanted], grad, create_graph=True)
+        for place, gradient in zip(wanted, found, strict=True):
+            gradients[place] = gradient
+        return (None, *gradients, None, None)
 
 
 def _chunked_linear_cross_entropy(
@@ -1743,7 +1774,7 @@ def _enter_backends() -> None:
         )
         backends.register(entries(name, "reference", (), wide, note=in_float32))
     backends.register_op("linear_cross_entropy", linear_cross_entropy, "hidden")
-    backends.register(entries("linear_cross_entropy", "torch", (), wide, note="chunked; 1st derivative only"))
+    backends.register(entries("linear_cross_entropy", "torch", (), wide, note="chunked"))
     backends.register(entries("linear_cross_entropy", "reference", (), wide, note="all logits at once"))
 
 

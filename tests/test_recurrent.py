@@ -931,6 +931,12 @@ def test_state_dict_and_repr(kind: str, arguments: dict[str, Any]) -> None:
             assert torch.equal(a, b)
 
 
+def test_repr_says_what_torch_does_not_have() -> None:
+    assert repr(nn.LSTM(4, 6, forget_bias=1.0, zoneout_h=0.1)) == "LSTM(4, 6, zoneout_h=0.1, forget_bias=1.0)"
+    assert repr(nn.LayerNormLSTM(4, 6, eps=1e-3, num_layers=2)) == "LayerNormLSTM(4, 6, num_layers=2, eps=0.001)"
+    assert repr(nn.LayerNormLSTM(4, 6)) == "LayerNormLSTM(4, 6)"
+
+
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "LSTMCell", "GRUCell"])
 def test_initialisation_is_torchs(kind: str) -> None:
     torch.manual_seed(3)

@@ -272,6 +272,10 @@ class LSTM(_Stack):
             self.forget_bias = float(forget_bias)
             self._set_forget_bias()
 
+    def extra_repr(self) -> str:
+        extra = [] if self.forget_bias is None else [f"forget_bias={self.forget_bias}"]
+        return ", ".join([super().extra_repr(), *extra])
+
     def _set_forget_bias(self) -> None:
         forget = slice(self.hidden_size, 2 * self.hidden_size)
         with torch.no_grad():
@@ -390,6 +394,9 @@ class LayerNormLSTM(LSTM):
                 value = None if absent else torch.empty(size, device=like.device, dtype=like.dtype)
                 self.register_parameter(name, None if value is None else torch.nn.Parameter(value))
         self._reset_norm()
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", eps={self.eps}" if self.eps != 1e-5 else "")
 
     @property
     def _plain(self) -> bool:

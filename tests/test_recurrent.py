@@ -242,6 +242,14 @@ def test_only_some_gradients(op: str) -> None:
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("op", ["lstm", "gru"])
+def test_no_two_gradients_share_memory(op: str) -> None:
+    """The LSTM's two biases have the same gradient. Scaled in place, as in clipping by hand, each is scaled once."""
+    problem = make(op, "plain")
+    _, gradients = split(problem, problem.run(op_of(op)))
+    assert len({gradient.data_ptr() for gradient in gradients}) == len(gradients)
+
+
 @pytest.mark.parametrize(("op", "options"), CASES)
 def test_second_derivatives(op: str, options: str) -> None:
     problem = make(op, options, dtype=torch.float64, sizes=(3, 2, 2, 3))

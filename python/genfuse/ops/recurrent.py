@@ -384,9 +384,10 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, 
 def _by_input(layer: _Layer, outputs: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
     gradients: list[Tensor | None] = [None] * len(layer.arguments)
     for output, indices in zip(outputs, layer.gradients, strict=True):
-        for index in indices:
-            if needs[index]:
-                gradients[index] = output
+        wanted = [index for index in indices if needs[index]]
+        for index in wanted:
+            # Two biases have one gradient; who scales one in place must not scale the other.
+            gradients[index] = output if index == wanted[0] else output.clone()
     return tuple(gradients)
 
 

@@ -34,7 +34,7 @@ class GruForwardCpu : RecurrentCpu<T, 3> {
   GruForwardCpu(const GruForward<T>& args, Arena& arena, int threads) : Base(args, arena, threads, 1), p(args) {
     const bool once = seq.rows <= kUnpackedRows;
     few_rows = !once && seq.rows <= kUnpackedProjectionRows;
-    chunk = chunk_steps(seq, kForwardChunkRows);
+    chunk = chunk_steps(seq);
     const int64_t rows = minimum(chunk * seq.batch, seq.rows);
     const int64_t input_size = few_rows ? Panels<T>::size(seq.input, rows) : 3 * ld_h * seq.input;
     w_ih = {once ? nullptr : arena.take<T>(input_size), seq.input, 3 * ld_h};
@@ -193,7 +193,7 @@ class GruBackwardCpu : RecurrentCpu<T, 3> {
  public:
   using Base::work;
   GruBackwardCpu(const GruBackward<T>& args, Arena& arena, int threads) : Base(args, arena, threads, 1), p(args) {
-    chunk = chunk_steps(seq, kBackwardChunkRows);
+    chunk = chunk_steps(seq);
     const int64_t rows = minimum(chunk * seq.batch, seq.rows);
     w_ih = {p.needs_x ? arena.take<T>(Panels<T>::size(G, seq.input)) : nullptr, G, seq.input};
     w_hh = {arena.take<T>(Panels<T>::size(G, H)), G, H};

@@ -53,7 +53,7 @@ class LstmForwardCpu : RecurrentCpu<T, 4> {
       : Base(args, arena, threads, barriers_per_step(args)), p(args) {
     const bool once = seq.rows <= kUnpackedRows;
     few_rows = !once && seq.rows <= kUnpackedProjectionRows;
-    chunk = chunk_steps(seq, kForwardChunkRows);
+    chunk = chunk_steps(seq);
     const int64_t rows = minimum(chunk * seq.batch, seq.rows);
     const bool ln = in.layer_norm(), save = p.reserve.cells != nullptr;
     const int64_t input_size = few_rows ? Panels<T>::size(seq.input, rows) : 4 * ld_h * seq.input;
@@ -416,7 +416,7 @@ class LstmBackwardCpu : RecurrentCpu<T, 4> {
   using Base::work;
   LstmBackwardCpu(const LstmBackward<T>& args, Arena& arena, int threads)
       : Base(args, arena, threads, barriers_per_step(args)), p(args) {
-    chunk = chunk_steps(seq, kBackwardChunkRows);
+    chunk = chunk_steps(seq);
     const int64_t rows = minimum(chunk * seq.batch, seq.rows);
     const bool ln = in.layer_norm(), projected = in.projected();
     w_ih = {p.needs_x ? arena.take<T>(Panels<T>::size(G, seq.input)) : nullptr, G, seq.input};
@@ -699,27 +699,35 @@ class LstmBackwardCpu : RecurrentCpu<T, 4> {
     if (p.needs_x) this->input_gradient(m, part, grad_gates, G, w_ih, p.grad_x);
   }
 
-  // Gradients that are sums over rows. Members own columns, so the order of a sum does not depend on their number.
+  // Gradients that are sums over rows. Members own columns, so the order of a sum does not depend on their number; four
+  // vectors of columns are read at a time, so that what a row gives is a few whole lines one after the other.
   void column_sums(const Member& m, const Chunk& part, bool first) {
-    const Range mine = m.share(ceil_div(G, L));
+    constexpr int width = 4;
     const bool ln = in.layer_norm();
-    for (int64_t v = mine.begin; v < mine.end; ++v) {
-      const int64_t at = v * L, n = G - at;
-      V bias{}, gain_h{}, gain_x{};
+    const Range mine = m.share(ceil_div(G, width * L));
+    for (int64_t block = mine.begin; block < mine.end; ++block) {
+      V bias[width]{}, gain_h[width]{}, gain_x[width]{};
       for (int64_t i = 0; i < part.rows; ++i) {
-        const V d = load_upto(grad_gates + i * G + at, n);
-        bias += d;
-        if (ln) {
-          const T* stat = p.reserve.stats + (part.first_row + i) * 6;
-          const int64_t raw = (part.first_row + i) * G + at;
-          gain_h += d * ((load_upto(p.reserve.recurrent + raw, n) - stat[2]) * stat[3]);
-          gain_x += d * ((load_upto(p.reserve.gates + raw, n) - stat[0]) * stat[1]);
+        for (int j = 0; j < width; ++j) {
+          const int64_t at = (block * width + j) * L, n = G - at;
+          if (n <= 0) break;
+          const V d = load_upto(grad_gates + i * G + at, n);
+          bias[j] += d;
+          if (ln) {
+            const T* stat = p.reserve.stats + (part.first_row + i) * 6;
+            const int64_t raw = (part.first_row + i) * G + at;
+            gain_h[j] += d * ((load_upto(p.reserve.recurrent + raw, n) - stat[2]) * stat[3]);
+            gain_x[j] += d * ((load_upto(p.reserve.gates + raw, n) - stat[0]) * stat[1]);
+          }
         }
       }
-      add_to(p.grad_bias, at, n, bias, first);
-      if (ln) {
-        add_to(p.grad_ln_hh, at, n, gain_h, first);
-        add_to(p.grad_ln_ih, at, n, gain_x, first);
+      for (int j = 0; j < width && (block * width + j) * L < G; ++j) {
+        const int64_t at = (block * width + j) * L;
+        add_to(p.grad_bias, at, G - at, bias[j], first);
+        if (ln) {
+          add_to(p.grad_ln_hh, at, G - at, gain_h[j], first);
+          add_to(p.grad_ln_ih, at, G - at, gain_x[j], first);
+        }
       }
     }
     if (!ln) return;

@@ -30,11 +30,9 @@ struct Arena {
 
 // About how many rows a chunk of steps has: enough to amortise reading the weight gradients back, few enough that
 // a chunk of gates stays near the caches. Depends on the shape only, never on the threads.
-inline constexpr int64_t kForwardChunkRows = 384, kBackwardChunkRows = 768;
+inline constexpr int64_t kChunkRows = 384;
 
-inline int64_t chunk_steps(const Sequence& s, int64_t rows) {
-  return maximum(1, minimum(s.steps, rows / maximum(s.batch, 1)));
-}
+inline int64_t chunk_steps(const Sequence& s) { return maximum(1, minimum(s.steps, kChunkRows / maximum(s.batch, 1))); }
 
 struct Geometry {
   Sequence seq;

@@ -13,8 +13,11 @@ endif()
 if(GENFUSE_WERROR)
     list(APPEND GENFUSE_WARNINGS -Werror)
 endif()
+# A failed check names its file: csrc/..., wherever the sources lay when they were compiled.
+set(GENFUSE_PATH_FLAGS -ffile-prefix-map=${PROJECT_SOURCE_DIR}/=)
 if(CMAKE_CXX_COMPILER_FRONTEND_VARIANT STREQUAL "MSVC")  # clang-cl takes GCC's flags behind a prefix
     list(TRANSFORM GENFUSE_KERNEL_FLAGS PREPEND /clang:)
+    list(TRANSFORM GENFUSE_PATH_FLAGS PREPEND /clang:)
 endif()
 
 string(TOLOWER "${CMAKE_SYSTEM_PROCESSOR}" GENFUSE_PROCESSOR)

@@ -44,7 +44,7 @@ endif()
 # and the order is what keeps new instructions out of shared inline functions (kernels.cmake).
 add_library(genfuse_ops_objects OBJECT ${PROJECT_SOURCE_DIR}/csrc/library.cpp ${GENFUSE_OPS_SOURCES})
 target_include_directories(genfuse_ops_objects PRIVATE ${PROJECT_SOURCE_DIR}/csrc)
-target_compile_options(genfuse_ops_objects PRIVATE ${GENFUSE_WARNINGS})
+target_compile_options(genfuse_ops_objects PRIVATE ${GENFUSE_WARNINGS} ${GENFUSE_PATH_FLAGS})
 target_link_libraries(genfuse_ops_objects PRIVATE genfuse_torch)
 add_library(genfuse_ops MODULE $<TARGET_OBJECTS:genfuse_ops_objects> ${GENFUSE_KERNELS})
 target_link_libraries(genfuse_ops PRIVATE genfuse_torch)
@@ -90,7 +90,7 @@ if(GENFUSE_BUILD_CUDA)
     # USE_CUDA shows the shim that gives torch's current stream. A CPU build of torch lacks that symbol, so it stays open
     # until the library is loaded, which happens only where torch has CUDA.
     target_compile_definitions(genfuse_cuda PRIVATE USE_CUDA)
-    target_compile_options(genfuse_cuda PRIVATE $<$<COMPILE_LANGUAGE:CXX>:${GENFUSE_WARNINGS}>
+    target_compile_options(genfuse_cuda PRIVATE "$<$<COMPILE_LANGUAGE:CXX>:${GENFUSE_WARNINGS};${GENFUSE_PATH_FLAGS}>"
         $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra --expt-relaxed-constexpr>)
     if(GENFUSE_WERROR)
         target_compile_options(genfuse_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings>)

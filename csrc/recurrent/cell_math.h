@@ -15,6 +15,13 @@ struct LstmGates {
   V i, f, g, o;
 };
 
+// A gate's pre-activation with layer norm: gain_h norm(U h) + gain_x norm(W x) + b. Backward computes it again, too
+// (see lstm_cell).
+template <class V, class S>
+GENFUSE_HD V normalized_gate(V gain_h, V of_h, S mean_h, S rstd_h, V gain_x, V of_x, S mean_x, S rstd_x, V bias) {
+  return fma(gain_h, (of_h - mean_h) * rstd_h, fma(gain_x, (of_x - mean_x) * rstd_x, bias));
+}
+
 // Activations of the pre-activations a = W x + U h + b.
 template <class V>
 GENFUSE_HD LstmGates<V> lstm_gates(V ai, V af, V ag, V ao) {

@@ -337,9 +337,9 @@ class LstmForwardCpu : RecurrentCpu<T, 4> {
         V a[4];
         for (int gate = 0; gate < 4; ++gate) {
           const int64_t at = gate * H;
-          a[gate] = load_upto(in.ln_hh + at + v * L, n) * ((load_upto(h_part + at, n) - mean_h) * rstd_h) +
-                    load_upto(in.ln_ih + at + v * L, n) * ((load_upto(x_part + at, n) - mean_x) * rstd_x) +
-                    load(bias + (v * 4 + gate) * L);
+          a[gate] = normalized_gate(load_upto(in.ln_hh + at + v * L, n), load_upto(h_part + at, n), mean_h, rstd_h,
+                                    load_upto(in.ln_ih + at + v * L, n), load_upto(x_part + at, n), mean_x, rstd_x,
+                                    load(bias + (v * 4 + gate) * L));
         }
         const auto act = lstm_gates(a[0], a[1], a[2], a[3]);
         const V c_new = lstm_cell(act, load(c + b * ld_h + v * L));
@@ -400,6 +400,7 @@ class LstmBackwardCpu : RecurrentCpu<T, 4> {
   T* grad_rec;    // layer norm: of W_hh h, one chunk
   T* grad_norm;   // layer norm: of the norm's output at c~, one chunk, [rows, ld_h]
   T* normal_c;    // layer norm: the normalised c~, one chunk
+  T* scaled;      // layer norm: grad_norm times the norm's weight, one step, [batch, ld_h]
   T* grad_proj;   // projection: of W_hr's output, one chunk, [rows, S]
   T* raw_h;       // projection: o tanh(c), one chunk, [rows, H]
   T* from_proj;   // projection: gradient of o tanh(c), [batch, ld_h]
@@ -428,6 +429,7 @@ class LstmBackwardCpu : RecurrentCpu<T, 4> {
     grad_rec = ln ? arena.take<T>(rows * G) : grad_gates;
     grad_norm = ln ? arena.take<T>(rows * ld_h) : nullptr;
     normal_c = ln ? arena.take<T>(rows * ld_h) : nullptr;
+    scaled = ln ? arena.take<T>(seq.batch * ld_h) : nullptr;
     grad_proj = projected ? arena.take<T>(rows * S) : nullptr;
     raw_h = projected ? arena.take<T>(rows * H) : nullptr;
     from_proj = projected ? arena.take<T>(seq.batch * ld_h) : nullptr;
@@ -589,11 +591,12 @@ class LstmBackwardCpu : RecurrentCpu<T, 4> {
         V a[4];
         for (int gate = 0; gate < 4; ++gate) {
           const int64_t at = gate * H + v * L;
-          a[gate] =
-              load_upto(in.ln_hh + at, n) * ((load_upto(p.reserve.recurrent + row * G + at, n) - stat[2]) * stat[3]) +
-              load_upto(in.ln_ih + at, n) * ((load_upto(p.reserve.gates + row * G + at, n) - stat[0]) * stat[1]);
-          if (in.b_ih != nullptr) a[gate] += load_upto(in.b_ih + at, n);
-          if (in.b_hh != nullptr) a[gate] += load_upto(in.b_hh + at, n);
+          V bias{};
+          if (in.b_ih != nullptr) bias += load_upto(in.b_ih + at, n);
+          if (in.b_hh != nullptr) bias += load_upto(in.b_hh + at, n);
+          a[gate] = normalized_gate(load_upto(in.ln_hh + at, n), load_upto(p.reserve.recurrent + row * G + at, n),
+                                    stat[2], stat[3], load_upto(in.ln_ih + at, n),
+                                    load_upto(p.reserve.gates + row * G + at, n), stat[0], stat[1], bias);
         }
         const auto act = lstm_gates(a[0], a[1], a[2], a[3]);
         const V c_new = lstm_cell(act, previous_c(t, b, v));
@@ -610,9 +613,13 @@ class LstmBackwardCpu : RecurrentCpu<T, 4> {
         store_upto(to + H, act.f, n);
         store_upto(to + 2 * H, act.g, n);
         store_upto(to + 3 * H, dout, n);
+        // Stored, because a product in a register may be contracted with what follows, and would then not cancel with
+        // its own mean: for one unit the gradient is 0, and the factor before it 1 / sqrt(eps).
+        const V product = grad * gamma;
+        store(scaled + b * ld_h + v * L, product);
         T* sums = parts + (b * this->h_vectors + v) * 2;
-        sums[0] = sum<T>(grad * gamma);
-        sums[1] = sum<T>(grad * gamma * normal);
+        sums[0] = sum<T>(product);
+        sums[1] = sum<T>(product * normal);
       }
     }
     place.wait();
@@ -626,11 +633,10 @@ class LstmBackwardCpu : RecurrentCpu<T, 4> {
         const int64_t n = this->unit_count(v);
         T* to = grad_gates + local * G + v * L;
         const LstmGates<V> act{load_upto(to, n), load_upto(to + H, n), load_upto(to + 2 * H, n), V{}};
-        const V gamma = load_upto(in.ln_c_weight + v * L, n);
         V direct;
         V grad_c = enter_c(b, v, direct);
-        grad_c += stat[5] * (load(grad_norm + local * ld_h + v * L) * gamma - mean_grad -
-                             load(normal_c + local * ld_h + v * L) * mean_product);
+        grad_c += stat[5] *
+                  (load(scaled + b * ld_h + v * L) - mean_grad - load(normal_c + local * ld_h + v * L) * mean_product);
         V d[4];
         const V grad_prev = lstm_cell_backward(grad_c, act, previous_c(t, b, v), d[0], d[1], d[2]) + direct;
         d[3] = load_upto(to + 3 * H, n);

@@ -9,7 +9,7 @@
 
 #include "common/gemm.h"
 #include "common/kernel.h"
-#include "common/philox.h"
+#include "common/philox_simd.h"
 #include "recurrent/sequence.h"
 
 namespace genfuse {
@@ -137,22 +137,6 @@ struct Place {
 };
 
 // ---- random masks ----
-
-// Uniforms of elements [first, first + count) of a stream.
-inline void philox_fill(uint64_t seed, uint64_t offset, uint64_t first, int64_t count, float* out) {
-  constexpr int batch = 16;
-  const uint64_t end = first + static_cast<uint64_t>(count);
-  for (uint64_t block = first / 4; block * 4 < end; block += batch) {
-    float u[4 * batch];
-    for (int i = 0; i < batch; ++i) {
-      const Philox4 bits = philox_block(seed, offset, block + static_cast<uint64_t>(i));
-      for (int w = 0; w < 4; ++w) u[4 * i + w] = philox_to_uniform(bits.word[w]);
-    }
-    const uint64_t from = block * 4 < first ? first : block * 4;
-    const uint64_t to = (block + batch) * 4 < end ? (block + batch) * 4 : end;
-    for (uint64_t e = from; e < to; ++e) out[e - first] = u[e - block * 4];
-  }
-}
 
 // u < p for a real p, on the grid of 2^-24 where u lies; p itself may be none of its points.
 inline float mask_threshold(double p) { return static_cast<float>(std::ceil(p * 0x1p24)) * 0x1p-24f; }

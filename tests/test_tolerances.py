@@ -113,6 +113,14 @@ def test_no_run_of_eager_fails() -> None:
         assert_as_accurate(other, [], exact)
 
 
+def test_a_result_that_is_not_the_exact_zero_fails() -> None:
+    exact = torch.zeros(4, dtype=torch.float64)
+    eager = torch.full((4,), 1e-8)
+    assert_as_accurate(eager, [eager], exact, gradient=True)
+    with pytest.raises(AssertionError, match="largest error"):
+        assert_as_accurate(torch.full((4,), 1e-3), [eager], exact, gradient=True)
+
+
 def test_an_empty_result_passes() -> None:
     empty = torch.zeros(0, 3)
     assert_as_accurate(empty, [empty], empty.double(), gradient=True)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from genfuse import ops, reference
 from genfuse.ops import recurrent as recurrent_ops
 from genfuse.reference import random as reference_random
+from sampling_rule import assert_log_probs, distribution, distributions
+from tolerances import allowed, assert_as_accurate, eager_runs, errors
 from torch import Tensor
 
 KINDS = ["lstm", "layer norm", "gru"]
@@ -38,28 +39,54 @@ class Model:
         tensors = (self.embedding, self.layers, self.head_weight, self.head_bias)
         return function(prompt, length, *tensors, **{**self.arguments, **arguments})
 
-    def logits(self, tokens: Tensor, zoneout_h: float = 0.0, zoneout_c: float = 0.0, bf16: bool = False) -> Tensor:
-        """Float64 logits after each token of ``[B, S]``, by the layers' reference over the sequence: ``[B, S, V]``."""
+    def read(
+        self,
+        tokens: Tensor,
+        change: Callable[[Tensor], Tensor],
+        zoneout_h: float = 0.0,
+        zoneout_c: float = 0.0,
+        bf16: bool = False,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The logits after each token of ``[B, S]`` and the states at the end, by the layers' reference.
+
+        Args:
+            tokens: the text.
+            change: applied to every weight; its dtype is that of the computation.
+            zoneout_h, zoneout_c: in eval mode.
+            bf16: round the matrices to bfloat16 first.
+
+        Returns:
+            ``[B, S, V]``, and h (and c) of each layer in one list.
+        """
 
         def wide(weight: Tensor | None) -> Tensor | None:
-            return None if weight is None else weight.double()
+            return None if weight is None else change(weight)
 
         def matrix(weight: Tensor | None) -> Tensor | None:
             return wide(weight.bfloat16() if bf16 and weight is not None else weight)
 
-        x: Any = torch.nn.functional.embedding(tokens, self.embedding.double()).transpose(0, 1)
+        x: Any = torch.nn.functional.embedding(tokens, change(self.embedding)).transpose(0, 1)
+        states: list[Tensor] = []
         for w_ih, w_hh, b_ih, b_hh, *norm in self.layers:
             assert w_hh is not None
-            zero = torch.zeros(tokens.size(0), w_hh.size(1), dtype=torch.float64)
+            zero = torch.zeros(tokens.size(0), w_hh.size(1), dtype=x.dtype)
             weights: Any = (matrix(w_ih), matrix(w_hh), wide(b_ih), wide(b_hh))
             if self.kind == "gru":
-                x = reference.gru(x, zero, *weights, zoneout_h=zoneout_h)[0]
+                x, *after = reference.gru(x, zero, *weights, zoneout_h=zoneout_h)
             else:
                 names = ("ln_ih_weight", "ln_hh_weight", "ln_c_weight", "ln_c_bias")
                 ln: Any = dict(zip(names, map(wide, norm), strict=False))
-                x = reference.lstm(x, zero, zero, *weights, **ln, zoneout_h=zoneout_h, zoneout_c=zoneout_c)[0]
+                x, *after = reference.lstm(x, zero, zero, *weights, **ln, zoneout_h=zoneout_h, zoneout_c=zoneout_c)
+            states += after
         head: Any = (matrix(self.head_weight), wide(self.head_bias))
-        return torch.nn.functional.linear(x.transpose(0, 1), *head)
+        return torch.nn.functional.linear(x.transpose(0, 1), *head), states
+
+    def check_state(self, state: Any, tokens: Tensor) -> None:
+        """Assert that a state is that after a text."""
+        flat = list(state) if self.kind == "gru" else [part for layer in state for part in layer]
+        eager = eager_runs(lambda nudge: self.read(tokens, nudge)[1])
+        for ours, theirs, exact in zip(flat, eager, self.read(tokens, Tensor.double)[1], strict=True):
+            assert_as_accurate(ours, theirs, exact, "state")
 
 
 def make_model(
@@ -101,36 +128,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-# ---- the rule, once more, by NumPy -----------------------------------------------------------------------------------
-
-
-def distribution(
-    logits: np.ndarray[Any, Any], temperature: float, top_k: int | None, top_p: float | None
-) -> np.ndarray[Any, Any]:
-    """The tempered and filtered probabilities of one row of logits, by loops and sets."""
-    scaled = logits / temperature
-    kept = set(range(len(scaled)))
-    if top_k is not None and top_k < len(scaled):
-        threshold = sorted(scaled, reverse=True)[top_k - 1]
-        kept = {v for v in kept if scaled[v] >= threshold}
-
-    def softmax(tokens: set[int]) -> np.ndarray[Any, Any]:
-        largest = max(scaled[v] for v in tokens)
-        weights = np.array([np.exp(scaled[v] - largest) if v in tokens else 0.0 for v in range(len(scaled))])
-        return weights / weights.sum()
-
-    if top_p is not None and top_p < 1.0:
-        p = softmax(kept)
-        nucleus: set[int] = set()
-        total = 0.0
-        for v in sorted(kept, key=lambda v: (-p[v], v)):
-            nucleus.add(v)
-            total += p[v]
-            if total >= top_p:
-                break
-        kept = nucleus
-    return softmax(kept)
-
+# ---- the rule, once more, by NumPy (sampling_rule.py) ----------------------------------------------------------------
 
 FILTERS = [
     {},
@@ -154,12 +152,9 @@ def test_the_reference_rule_is_numpys(filters: dict[str, Any]) -> None:
     u = torch.rand(64)
     tokens, log_probs = reference.sample_token(logits, u, **filters)
     for row in range(64):
-        p = distribution(
-            logits[row].double().numpy(), filters.get("temperature", 1.0), filters.get("top_k"), filters.get("top_p")
-        )
-        token = next(v for v in range(19) if p[: v + 1].sum() > float(u[row]))
-        assert int(tokens[row]) == token
-        assert float(log_probs[row]) == pytest.approx(np.log(p[token]), abs=1e-5)
+        p = distribution(logits[row].double().numpy(), **filters)
+        assert int(tokens[row]) == next(v for v in range(19) if p[: v + 1].sum() > float(u[row]))
+    assert_log_probs(log_probs, tokens, lambda change: change(logits), filters)
 
 
 def check_tokens(
@@ -168,27 +163,35 @@ def check_tokens(
     """Each token is what the rule draws from the float64 distribution after the tokens before it.
 
     The loop's logits are float32, so a cumulative sum within `margin` of u may go either way, and a token within
-    `margin` of a filter's border be kept or not; such a step must be rare.
+    `margin` of a filter's border be kept or not; such a step must be rare. The margin is what float32 PyTorch's logits
+    or cumulative sums may be off by.
     """
-    margin = 1e-5
-    logits = model.logits(torch.cat([prompt, tokens], 1), **options)[:, prompt.size(1) - 1 : -1]
-    doubtful = 0
-    for b in range(tokens.size(0)):
-        for s in range(tokens.size(1)):
-            row, token = logits[b, s].numpy(), int(tokens[b, s])
-            if filters.get("temperature") == 0.0:
-                assert row[token] >= row.max() - margin
-                assert float(log_probs[b, s]) == 0.0
-                continue
-            p = distribution(row, filters.get("temperature", 1.0), filters.get("top_k"), filters.get("top_p"))
-            below, above = p[:token].sum(), p[: token + 1].sum()
-            if p[token] > 0 and below - margin <= float(u[b, s]) < above + margin:
-                assert float(log_probs[b, s]) == pytest.approx(np.log(p[token]), abs=1e-4)
-            else:
-                doubtful += 1
+
+    def logits(change: Callable[[Tensor], Tensor]) -> Tensor:
+        return model.read(torch.cat([prompt, tokens], 1), change, **options)[0][:, prompt.size(1) - 1 : -1]
+
+    greedy = filters.get("temperature") == 0.0
+    exact = logits(Tensor.double)
+
+    def decisive(logits: Tensor) -> Tensor:
+        return logits if greedy else (logits / filters.get("temperature", 1.0)).softmax(-1).cumsum(-1)
+
+    (eager,) = eager_runs(lambda nudge: [decisive(logits(lambda tensor: nudge(tensor.float())))])
+    truth = decisive(exact)
+    limit = allowed([errors(run, truth) for run in eager], torch.float32, truth.numel())
+    margin = limit.largest * float(truth.abs().max())
+    if greedy:
+        assert bool((exact.gather(-1, tokens.unsqueeze(-1)) >= exact.amax(-1, keepdim=True) - margin).all())
+        assert bool((log_probs == 0.0).all())
+        return
+    probabilities = distributions(exact, filters)
+    p, above = (t.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) for t in (probabilities, probabilities.cumsum(-1)))
+    sure = (p > 0) & (above - p - margin <= u) & (u < above + margin)
+    doubtful = int((~sure).sum())
     assert doubtful <= max(1, tokens.numel() // 200), (
         f"{doubtful} of {tokens.numel()} tokens are not what the rule draws"
     )
+    assert_log_probs(log_probs, tokens, logits, filters, sure)
 
 
 @pytest.mark.parametrize("filters", [*FILTERS, {"temperature": 0.0}])
@@ -203,7 +206,7 @@ def test_tokens_from_given_uniforms(kind: str, filters: dict[str, Any]) -> None:
     check_tokens(model, prompt, tokens, log_probs, u, filters)
     expected, expected_log_probs, _ = model.reference(prompt, 25, u=u, **filters)
     assert torch.equal(tokens, expected)
-    torch.testing.assert_close(log_probs, expected_log_probs, rtol=1e-4, atol=1e-4)
+    check_tokens(model, prompt, expected, expected_log_probs, u, filters)
 
 
 @pytest.mark.parametrize(
@@ -309,10 +312,8 @@ def test_the_text_goes_on_from_its_state(kind: str) -> None:
     rest, rest_log_probs = model.generate(start[:, -1:], 12, u=u[:, 8:], state=state, return_log_probs=True)
     assert torch.equal(torch.cat([start, rest], 1), tokens)
     torch.testing.assert_close(rest_log_probs, log_probs[:, 8:])
-    _, _, expected = model.reference(prompt, 8, u=u[:, :8])
-    for ours, theirs in zip(state, expected, strict=True):
-        for a, b in zip((ours,) if kind == "gru" else ours, (theirs,) if kind == "gru" else theirs, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    for after in (state, model.reference(prompt, 8, u=u[:, :8])[2]):
+        model.check_state(after, torch.cat([prompt, start[:, :-1]], 1))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -328,9 +329,8 @@ def test_what_is_returned(kind: str) -> None:
     assert not log_probs.requires_grad
     nothing, _, state = model.generate(prompt, 0, return_log_probs=True, return_state=True)
     assert list(nothing.shape) == [2, 0]
-    _, _, expected = model.reference(prompt, 0)
-    first, wanted = (state[0], expected[0]) if kind == "gru" else (state[0][0], expected[0][0])
-    torch.testing.assert_close(first, wanted, rtol=1e-4, atol=1e-5)
+    for after in (state, model.reference(prompt, 0)[2]):
+        model.check_state(after, prompt)
     assert list(model.generate(prompt[:0], 3).shape) == [0, 3]
 
 

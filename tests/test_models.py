@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from genfuse import models, reference
+from sampling_rule import assert_log_probs
+from tolerances import assert_as_accurate, eager_runs
 from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -46,6 +49,21 @@ def pair(cell: str, dtype: torch.dtype = torch.float64, **options: object) -> tu
 
 def some_tokens(batch: int = B, steps: int = T, seed: int = 0) -> Tensor:
     return torch.randint(V, (batch, steps + 1), generator=torch.Generator().manual_seed(seed))
+
+
+def changed(model: torch.nn.Module, change: Callable[[Tensor], Tensor]) -> torch.nn.Module:
+    """A copy of a model, its parameters changed."""
+    model = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.data = change(parameter.detach())
+    return model
+
+
+def logits_of(model: torch.nn.Module, prompt: Tensor, tokens: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """The logits that tokens were drawn by after a prompt, by a model whose parameters are changed."""
+    with torch.no_grad():
+        logits, _ = changed(model, change)(torch.cat([prompt, tokens], 1))
+    return logits[:, prompt.size(1) - 1 : -1]
 
 
 def regularisers(cell: str) -> dict[str, float]:
@@ -159,7 +177,9 @@ def test_generate_is_the_twins(cell: str) -> None:
     tokens, log_probs, state = ours.generate(prompt, 12, return_log_probs=True, return_state=True, **options)
     expected, expected_log_probs, _ = twin.generate(prompt, 12, **options)
     assert torch.equal(tokens, expected)
-    torch.testing.assert_close(log_probs, expected_log_probs, rtol=1e-4, atol=1e-5)
+    filters = {name: options[name] for name in ("temperature", "top_k", "top_p")}
+    for found in (log_probs, expected_log_probs):
+        assert_log_probs(found, tokens, lambda change: logits_of(twin, prompt, tokens, change), filters)
     # The state lets the text go on where it stopped.
     longer = ours.generate(prompt, 20, temperature=0.0)
     start, state = ours.generate(prompt, 12, temperature=0.0, return_state=True)
@@ -181,12 +201,17 @@ def test_generate_depends_on_the_seed_alone() -> None:
 
 
 def test_log_probs_of_a_sample_are_the_models() -> None:
-    model, _ = pair("lstm", torch.float32)
+    model, twin = pair("lstm", torch.float32)
     prompt = some_tokens(3, 4)
     tokens, log_probs = model.generate(prompt, 10, return_log_probs=True)
     whole = torch.cat([prompt, tokens], 1)
-    expected = model.log_prob(whole) - model.log_prob(prompt)
-    torch.testing.assert_close(log_probs.sum(1), expected, rtol=1e-4, atol=1e-4)
+
+    def expected(change: Callable[[Tensor], Tensor]) -> Tensor:
+        other = changed(twin, change)
+        return other.log_prob(whole) - other.log_prob(prompt)
+
+    (eager,) = eager_runs(lambda nudge: [expected(nudge)])
+    assert_as_accurate(log_probs.sum(1), eager, expected(Tensor.double), "log_probs")
 
 
 @pytest.mark.parametrize(

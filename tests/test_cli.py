@@ -65,6 +65,20 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.strip()[0].isdigit()
 
 
+def test_more_memory_than_there_is(
+    corpus: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Sizes beyond the address space, which torch refuses at once; and a run that cannot be leaves no folder."""
+    out = tmp_path / "run"
+    command = ["train", "lstm", "--data", str(corpus), "--out", str(out), *TINY]
+    said = fails([*command, "--hidden-size", "3000000", "--embedding-dim", "1"], capsys)
+    assert "--hidden-size 3000000, --embedding-dim 1 and --layers 1 needs more memory" in said
+    assert not out.exists()
+    assert "--length 100000000000000 needs more memory" in fails(
+        ["sample", str(trained), "--length", "100000000000000"], capsys
+    )
+
+
 def test_help_is_light() -> None:
     """Neither torch nor Lightning is loaded to print a help text or to refuse an option."""
     for arguments in (["train", "lstm", "--help"], ["train", "lstm", "--no-such-option"]):

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["Stopped", "UserError"]
+import contextlib
+from collections.abc import Iterator
+
+__all__ = ["Stopped", "UserError", "memory_for"]
+
+# What torch says when there is no memory; it has no exception of its own for the CPU. The last is what is left of the
+# message when an allocation fails below the stable ABI, in a native kernel.
+_NO_MEMORY = ("out of memory", "allocate memory", "Storage size calculation overflowed", '"aten::empty"')
 
 
 class UserError(ValueError):
@@ -24,3 +31,24 @@ class Stopped(Exception):  # noqa: N818  it is no error: somebody asked for it
         super().__init__(f"stopped by signal {signal_number} after step {step}")
         self.signal_number = signal_number
         self.step = step
+
+
+@contextlib.contextmanager
+def memory_for(what: str) -> Iterator[None]:
+    """Say in one sentence that `what` needs more memory than there is, where an allocation fails.
+
+    Raises:
+        UserError: an allocation failed.
+
+    Example:
+        >>> with memory_for("this list"):
+        ...     raise MemoryError
+        Traceback (most recent call last):
+        genfuse.train.errors.UserError: this list needs more memory than there is.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in _NO_MEMORY):
+            raise
+        raise UserError(f"{what} needs more memory than there is.") from None

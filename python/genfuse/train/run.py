@@ -28,7 +28,7 @@ from .checkpoint import (
     write_json,
     write_text,
 )
-from .errors import UserError
+from .errors import UserError, memory_for
 from .settings import OPTION_NAMES, LanguageModelSettings, process_rank
 from .text import DEFAULT_DATA, TextData, Tokens, Vocabulary, load_text
 
@@ -126,6 +126,8 @@ def train_language_model(
     run = {"settings": settings.to_json(), "data": source.name, "fingerprint": source.fingerprint}
     config = make_config("LSTMLanguageModel", arguments, data.vocabulary, run)
 
+    from genfuse.models import LSTMLanguageModel
+
     from .module import Plan
 
     plan = Plan(len(data.train), settings)
@@ -139,16 +141,22 @@ def train_language_model(
     }
     # Before anything is written or said: a machine that cannot do it leaves no trace of the attempt.
     trainer, recorder = _trainer(folder, data, settings, plan, config, done, say, progress, machine)
+    model = None
+    if done < plan.total_steps:
+        torch.manual_seed(settings.seed)
+        with memory_for(f"a model with {_sizes(settings, 'hidden_size', 'embedding_dim', 'layers')}"):
+            model = LSTMLanguageModel(**arguments)
     if first:
         _prepare_folder(folder, config, resume)
     if anew:
         say(f"There is no run in {folder} yet: beginning one.")
     _introduce(say, folder, data, settings, plan, done if resume else None)
-    if done < plan.total_steps:
-        _fit(trainer, data, settings, plan, config, folder / LAST if done else None)
+    if model is not None:
+        with memory_for(f"training with {_sizes(settings, 'batch_size', 'context', 'hidden_size')}"):
+            _fit(trainer, model, data, settings, plan, folder / LAST if done else None)
     if not first:
         return None
-    return _finish(folder, data, settings, plan, recorder if done < plan.total_steps else None, say)
+    return _finish(folder, data, settings, plan, None if model is None else recorder, say)
 
 
 def _settings(given: dict[str, Any], folder: Path, resume: bool) -> LanguageModelSettings:
@@ -168,6 +176,12 @@ def _settings(given: dict[str, Any], folder: Path, resume: bool) -> LanguageMode
             option = "--" + OPTION_NAMES.get(name, name).replace("_", "-")
             raise UserError(f"the run in {folder} began with {option} {before}: it cannot be resumed with {value}.")
     return LanguageModelSettings(**{**saved.to_json(), "epochs": given.get("epochs", saved.epochs)})
+
+
+def _sizes(settings: LanguageModelSettings, *names: str) -> str:
+    """Settings as options: ``--layers 2 and --context 3``."""
+    *rest, last = (f"--{name.replace('_', '-')} {getattr(settings, name)}" for name in names)
+    return f"{', '.join(rest)} and {last}"
 
 
 def _prepare_folder(folder: Path, config: dict[str, Any], resume: bool) -> None:
@@ -272,18 +286,14 @@ def _trainer(
 
 def _fit(
     trainer: Any,
+    model: LSTMLanguageModel,
     data: TextData,
     settings: LanguageModelSettings,
     plan: Any,
-    config: dict[str, Any],
     resume_from: Path | None,
 ) -> None:
-    from genfuse.models import LSTMLanguageModel
-
     from .module import LanguageModelData, LanguageModelModule
 
-    torch.manual_seed(settings.seed)
-    model = LSTMLanguageModel(**config["arguments"])
     module = LanguageModelModule(model, settings, plan.total_steps)
     try:
         trainer.fit(
@@ -446,7 +456,7 @@ def sample(
         seed: None draws another text each time.
 
     Raises:
-        UserError: an option is out of its range.
+        UserError: an option is out of its range, or the text would not fit into memory.
     """
     if length < 1:
         raise UserError(f"--length must be at least 1, not {length}.")
@@ -464,15 +474,16 @@ def sample(
     else:
         generator.manual_seed(seed)
     tokens = torch.from_numpy(saved.vocabulary.encode(prompt or "\n").astype(np.int64))
-    drawn: Tensor = saved.model.generate(
-        tokens.unsqueeze(0).to(saved.model.head.weight.device),
-        length,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        generator=generator,
-    )
-    return saved.vocabulary.decode(drawn[0].cpu().numpy())
+    with memory_for(f"a text of --length {length}"):
+        drawn: Tensor = saved.model.generate(
+            tokens.unsqueeze(0).to(saved.model.head.weight.device),
+            length,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            generator=generator,
+        )
+        return saved.vocabulary.decode(drawn[0].cpu().numpy())
 
 
 def evaluate(saved: SavedModel, data: str | None = None) -> dict[str, Any]:

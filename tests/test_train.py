@@ -436,6 +436,16 @@ def test_a_run_that_diverges_says_so(save_every: int, corpus: Path, tmp_path: Pa
     assert not (tmp_path / "model.safetensors").exists()
 
 
+def test_the_unknown_character_is_never_drawn(whole: Path) -> None:
+    saved = load_model(whole)
+    bias = saved.model.head.bias
+    with torch.no_grad():
+        bias[0] = 1e4  # of all characters the likeliest by far
+    for options in ({}, {"temperature": 0.0}, {"top_k": 1}, {"top_p": 0.5}, {"temperature": 100.0, "top_k": 1000}):
+        assert "\N{REPLACEMENT CHARACTER}" not in sample(saved, "the", 50, seed=1, **options)
+    assert saved.model.head.bias is bias
+
+
 # Checkpoints of others.
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -448,7 +449,7 @@ def sample(
     top_p: float | None = None,
     seed: int | None = None,
 ) -> str:
-    """Continue a prompt with `length` tokens (characters, or bytes at byte level).
+    """Continue a prompt with `length` tokens (characters, or bytes at byte level); none is an unknown character.
 
     Args:
         saved: the model.
@@ -474,7 +475,7 @@ def sample(
     else:
         generator.manual_seed(seed)
     tokens = torch.from_numpy(saved.vocabulary.encode(prompt or "\n").astype(np.int64))
-    with memory_for(f"a text of --length {length}"):
+    with memory_for(f"a text of --length {length}"), _never_unknown(saved):
         drawn: Tensor = saved.model.generate(
             tokens.unsqueeze(0).to(saved.model.head.weight.device),
             length,
@@ -484,6 +485,22 @@ def sample(
             generator=generator,
         )
         return saved.vocabulary.decode(drawn[0].cpu().numpy())
+
+
+@contextlib.contextmanager
+def _never_unknown(saved: SavedModel) -> Iterator[None]:
+    """Give the placeholder for unknown characters a probability of 0: it can be read, but is nothing to write."""
+    head, bias = saved.model.head, saved.model.head.bias
+    if saved.vocabulary.level != "char" or saved.vocabulary.size == 1:
+        yield
+        return
+    masked = bias.detach().clone()
+    masked[0] = -math.inf
+    try:
+        head.bias = torch.nn.Parameter(masked)
+        yield
+    finally:
+        head.bias = bias
 
 
 def evaluate(saved: SavedModel, data: str | None = None) -> dict[str, Any]:

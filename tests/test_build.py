@@ -113,6 +113,10 @@ print(sorted(heavy & (set(sys.modules) - before)))
     assert result.stdout.strip() == "[]", result.stderr
 
 
+def test_dir_lists_what_is_public() -> None:
+    assert dir(genfuse) == sorted(genfuse.__all__)
+
+
 def test_unknown_attribute() -> None:
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         genfuse.nonsense  # noqa: B018

@@ -45,7 +45,7 @@ def problems(draw: st.DrawFn, op: str) -> Problem:
         options["norm"] = draw(st.booleans())
         options["proj"] = draw(st.one_of(st.none(), st.integers(1, sizes[3])))
     options.update({name: draw(PROBABILITIES) for name in masks})
-    dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+    dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]))
     return make(op, options, dtype=dtype, sizes=sizes, seed=draw(st.integers(0, 1000)), lengths=lengths)
 
 

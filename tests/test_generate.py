@@ -476,6 +476,10 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"embedding": torch.zeros(23, 8)}, RuntimeError, r"layers\[0\] weight_ih must be \[gates, I\]"),
     ({"embedding": torch.zeros(23, 9, dtype=I64)}, ValueError, "embedding must be of a floating dtype"),
     ({"state": []}, ValueError, "state must hold one"),
+    ({"state": 5}, TypeError, "state must be a list with one .* per layer, got int"),
+    ({"state": torch.zeros(2, 2, 17)}, TypeError, "state must be a list with one .* per layer, got Tensor"),
+    ({"state": [5, 5]}, TypeError, r"state\[0\] must be a .*, got int"),
+    ({"generator": 5}, TypeError, "generator must be a torch.Generator or None, got int"),
 ]
 
 
@@ -507,7 +511,7 @@ def test_errors_in_layers_and_state(kind: str) -> None:
     with pytest.raises(RuntimeError, match=r"layers\[1\] weight_hh must be"):
         model.generate(prompt, 3)
     model.layers[1] = (good[0], first.double(), *good[2:])
-    with pytest.raises(ValueError, match=r"layers\[1\] weight_hh must be torch.float32"):
+    with pytest.raises(RuntimeError, match=r"layers\[1\] weight_hh must be torch.float32"):
         model.generate(prompt, 3)
     model.layers[1] = (None, *good[1:])
     with pytest.raises(TypeError, match=r"layers\[1\] weight_ih must be a Tensor"):
@@ -523,6 +527,15 @@ def test_errors_in_layers_and_state(kind: str) -> None:
         model.generate(prompt, 3, state=states(17, 13))
     with pytest.raises(ValueError, match="state must hold one"):
         model.generate(prompt, 3, state=states(17))
+
+
+def test_errors_of_an_lstm_alone() -> None:
+    model = make_model("lstm")
+    prompt = torch.zeros(2, 1, dtype=I64)
+    with pytest.raises(TypeError, match=r"state\[1\] must be a pair \(h, c\), got tuple of 3"):
+        model.generate(prompt, 3, state=[(torch.zeros(2, 17),) * 2, (torch.zeros(2, 12),) * 3])
+    with pytest.raises(ValueError, match="eps must be finite and not negative, got -1"):
+        model.generate(prompt, 3, eps=-1.0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -223,11 +223,29 @@ def test_log_probs_of_a_sample_are_the_models() -> None:
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
         ({"cell": "gru", "zoneout_c": 0.1}, "GRU has neither"),
         ({"weight_drop": 1.5}, "weight_drop"),
+        ({"activation_regularization": -1.0}, "activation_regularization must be finite and not negative, got -1.0"),
+        ({"temporal_activation_regularization": float("nan")}, "temporal_activation_regularization must be finite"),
     ],
 )
 def test_wrong_arguments(options: dict[str, object], message: str) -> None:
     arguments = {"vocab_size": V, "embedding_dim": E, "hidden_size": H, "num_layers": L} | options
     with pytest.raises(ValueError, match=message):
+        models.LSTMLanguageModel(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"vocab_size": "many"}, "vocab_size must be an int, got str"),
+        ({"hidden_size": 10.0}, "hidden_size must be an int, got float"),
+        ({"num_layers": None}, "num_layers must be an int, got NoneType"),
+        ({"dropout": "much"}, "dropout must be a number, got str"),
+        ({"activation_regularization": None}, "activation_regularization must be a number, got NoneType"),
+    ],
+)
+def test_arguments_of_a_wrong_type(options: dict[str, object], message: str) -> None:
+    arguments = {"vocab_size": V, "embedding_dim": E, "hidden_size": H, "num_layers": L} | options
+    with pytest.raises(TypeError, match=message):
         models.LSTMLanguageModel(**arguments)
 
 

@@ -432,14 +432,14 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("lstm", {"x": torch.zeros(7, 5, 3)}, RuntimeError, r"weight_ih must be \[4H, I\] = \[24, 3\]; got \[24, 4\]"),
     ("lstm", {"x": torch.zeros(7, 2, 4)}, RuntimeError, r"x must be \[T, B, I\] = \[\*, 5, \*\]; got \[7, 2, 4\]"),
     ("lstm", {"x": torch.zeros(7, 5, 4, dtype=torch.int64)}, ValueError, "x must be of a floating dtype"),
-    ("lstm", {"x": torch.zeros(7, 5, 4, dtype=torch.float64)}, ValueError, "h0 must be torch.float64"),
+    ("lstm", {"x": torch.zeros(7, 5, 4, dtype=torch.float64)}, RuntimeError, "h0 must be torch.float64"),
     ("lstm", {"h0": torch.zeros(5, 7)}, RuntimeError, r"h0 must be \[B, Hy\]"),
     ("lstm", {"h0": None}, TypeError, "h0 must be a Tensor"),
     ("lstm", {"c0": torch.zeros(4, 6)}, RuntimeError, r"c0 must be \[B, H\] = \[5, 6\]; got \[4, 6\]"),
     ("lstm", {"weight_ih": torch.zeros(23, 4)}, RuntimeError, "weight_ih must be"),
     ("lstm", {"weight_hh": torch.zeros(24, 5)}, RuntimeError, r"weight_hh must be \[4H, Hy\]"),
     ("lstm", {"bias_ih": torch.zeros(23)}, RuntimeError, r"bias_ih must be \[4H\] = \[24\]; got \[23\]"),
-    ("lstm", {"bias_hh": torch.zeros(24, dtype=torch.float64)}, ValueError, "bias_hh must be torch.float32"),
+    ("lstm", {"bias_hh": torch.zeros(24, dtype=torch.float64)}, RuntimeError, "bias_hh must be torch.float32"),
     ("lstm", {"bias_hh": torch.zeros(24, device="meta")}, RuntimeError, "bias_hh must be on cpu"),
     ("lstm", {"weight_hr": torch.zeros(3, 6)}, RuntimeError, "h0 must be"),
     (
@@ -452,6 +452,9 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("lstm", {"zoneout_c": -0.1}, ValueError, "zoneout_c must be a probability"),
     ("lstm", {"weight_drop": float("nan")}, ValueError, "weight_drop must be a probability"),
     ("lstm", {"input_dropout": "much"}, TypeError, "input_dropout must be a float, got str"),
+    ("lstm", {"eps": -1e-5}, ValueError, "eps must be finite and not negative, got -1e-05"),
+    ("lstm", {"eps": "small"}, TypeError, "eps must be a float, got str"),
+    ("lstm", {"generator": 5, "training": True, "zoneout_h": 0.5}, TypeError, "generator must be a torch.Generator"),
     ("lstm", {"resets": torch.zeros(7, 5)}, ValueError, "resets must be torch.bool"),
     ("lstm", {"resets": torch.zeros(7, 4, dtype=torch.bool)}, RuntimeError, r"resets must be \[T, B\] = \[7, 5\]"),
     ("lstm", {"resets": [True]}, TypeError, "resets must be a Tensor"),
@@ -464,6 +467,7 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("gru", {"weight_hh": torch.zeros(24, 6)}, RuntimeError, r"weight_hh must be \[3H, H\]"),
     ("gru", {"bias_ih": torch.zeros(24)}, RuntimeError, "bias_ih must be"),
     ("gru", {"zoneout_h": 2.0}, ValueError, "zoneout_h must be a probability"),
+    ("gru", {"generator": 5, "training": True, "zoneout_h": 0.5}, TypeError, "generator must be a torch.Generator"),
     ("gru", {"resets": torch.zeros(7, 5)}, ValueError, "resets must be torch.bool"),
 ]
 
@@ -1060,6 +1064,45 @@ def test_a_cells_errors_are_torchs(kind: str, shape: tuple[int, ...], state: tup
     assert raised[0] == raised[1]
 
 
+STATE = torch.zeros(3, 6)
+WIDE = STATE.double()
+
+
+@pytest.mark.parametrize("layer", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "hx", "error", "message"),
+    [
+        ("LSTM", (STATE, STATE, STATE), RuntimeError, r"hx must be a pair \(h_0, c_0\), got 3 elements"),
+        ("LSTM", (STATE,), RuntimeError, r"hx must be a pair \(h_0, c_0\), got 1 elements"),
+        ("LSTM", STATE, TypeError, r"hx must be a pair \(h_0, c_0\) of Tensors, got Tensor"),
+        ("LSTM", (STATE, None), TypeError, r"hx\[1\] must be a Tensor, got NoneType"),
+        ("LSTM", (WIDE, STATE), RuntimeError, r"hidden.*0.* torch.float32, .* got torch.float64"),
+        ("LSTM", (STATE, WIDE), RuntimeError, r"hidden.*1.* torch.float32, .* got torch.float64"),
+        ("GRU", (STATE,), TypeError, "hx must be a Tensor, got tuple"),
+        ("GRU", WIDE, RuntimeError, r"hidden.* torch.float32, .* got torch.float64"),
+    ],
+)
+def test_states_of_a_wrong_kind(layer: bool, kind: str, hx: Any, error: type[Exception], message: str) -> None:
+    """torch's layers raise RuntimeError, too, for a wrong number or dtype of states."""
+    if layer:
+        hx = tuple(s if s is None else s[None] for s in hx) if isinstance(hx, tuple) else hx[None]
+    theirs, ours = pair(kind if layer else f"{kind}Cell", {})
+    x = torch.zeros(1, 3, 4) if layer else torch.zeros(3, 4)
+    with pytest.raises(error, match=message):
+        ours(x, hx)
+    if error is RuntimeError and layer:  # torch's LSTMCell takes a wider cell state
+        with pytest.raises((RuntimeError, IndexError)):  # and its layer indexes a tuple of one
+            theirs(x, hx)
+
+
+@pytest.mark.parametrize("eps", [-1e-5, float("nan"), float("inf")])
+def test_a_wrong_eps(eps: float) -> None:
+    with pytest.raises(ValueError, match="eps must be finite and not negative"):
+        nn.LayerNormLSTM(4, 6, eps=eps)
+    with pytest.raises(TypeError, match="eps must be a number, got str"):
+        nn.LayerNormLSTM(4, 6, eps="small")
+
+
 @pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell"])
 @pytest.mark.parametrize(("shape", "state"), [((3, 4), (6,)), ((4,), (1, 6))])
 def test_a_cell_and_its_state_are_both_batched_or_neither(
@@ -1361,7 +1404,7 @@ def test_second_derivatives_of_linear_cross_entropy(reduction: str, bias: bool, 
         ({"hidden": torch.zeros(6)}, RuntimeError, "hidden must have 2 dimensions"),
         ({"weight": torch.zeros(9, 5)}, RuntimeError, r"weight must be \[V, D\] = \[\*, 4\]"),
         ({"bias": torch.zeros(8)}, RuntimeError, r"bias must be \[V\] = \[9\]"),
-        ({"weight": torch.zeros(9, 4, dtype=torch.float64)}, ValueError, "weight must be torch.float32"),
+        ({"weight": torch.zeros(9, 4, dtype=torch.float64)}, RuntimeError, "weight must be torch.float32"),
         ({"target": torch.zeros(6)}, ValueError, "target must be torch.int64"),
         ({"target": torch.zeros(5, dtype=torch.int64)}, RuntimeError, r"target must be \[N\] = \[6\]"),
         ({"target": torch.full((6,), 9)}, IndexError, r"target has class 9, out of range \[0, 9\)"),

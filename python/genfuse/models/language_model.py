@@ -45,7 +45,9 @@ class LSTMLanguageModel(torch.nn.Module):
     `genfuse.reference.LSTMLanguageModel` is the same model in plain PyTorch, with the same ``state_dict``.
 
     Raises:
-        ValueError: a size below 1, an unknown cell, or `zoneout_c` or `forget_bias` with a GRU.
+        TypeError: a size is no int, or a regulariser no number.
+        ValueError: a size below 1, a regulariser out of its range, an unknown cell, or `zoneout_c` or `forget_bias`
+            with a GRU.
 
     Example:
         >>> model = LSTMLanguageModel(vocab_size=100, embedding_dim=16, hidden_size=32, num_layers=2)
@@ -83,11 +85,21 @@ class LSTMLanguageModel(torch.nn.Module):
             ("hidden_size", hidden_size),
             ("num_layers", num_layers),
         ):
+            if not hasattr(size, "__index__"):  # NumPy's integers will do
+                raise TypeError(f"LSTMLanguageModel: {name} must be an int, got {type(size).__name__}")
             if size < 1:
                 raise ValueError(f"LSTMLanguageModel: {name} must be at least 1, got {size}")
         for name, probability in (("dropout", dropout), ("embedding_dropout", embedding_dropout)):
+            _check_number(name, probability)
             if not 0.0 <= probability < 1.0:
                 raise ValueError(f"LSTMLanguageModel: {name} must be in [0, 1), got {probability}")
+        for name, weight in (
+            ("activation_regularization", activation_regularization),
+            ("temporal_activation_regularization", temporal_activation_regularization),
+        ):
+            _check_number(name, weight)
+            if not 0.0 <= weight < float("inf"):
+                raise ValueError(f"LSTMLanguageModel: {name} must be finite and not negative, got {weight}")
         if cell not in ("lstm", "layernorm_lstm", "gru"):
             raise ValueError(f"LSTMLanguageModel: cell must be 'lstm', 'layernorm_lstm' or 'gru', got {cell!r}")
         if cell == "gru" and (zoneout_c > 0.0 or forget_bias is not None):
@@ -268,6 +280,11 @@ class LSTMLanguageModel(torch.nn.Module):
             decode = ops.lstm_generate
             options["zoneout_c"] = self.zoneout_c
         return decode(prompt, length, self.embedding.weight, layers, self.head.weight, self.head.bias, **options)
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"LSTMLanguageModel: {name} must be a number, got {type(value).__name__}")
 
 
 def _check_tokens(tokens: Tensor) -> None:

@@ -34,6 +34,18 @@ def _check_probabilities(**probabilities: float) -> None:
             raise ValueError(f"{name} must be a number in [0, 1], got {p}")
 
 
+def _check_states(name: str, hx: object, pair: bool) -> None:
+    """Check what kind of thing `hx` is; for what is no pair, torch raises RuntimeError."""
+    if pair and not isinstance(hx, (tuple, list)):
+        raise TypeError(f"{name}: hx must be a pair (h_0, c_0) of Tensors, got {type(hx).__name__}")
+    if pair and len(cast("Sequence[object]", hx)) != 2:
+        raise RuntimeError(f"{name}: hx must be a pair (h_0, c_0), got {len(cast('Sequence[object]', hx))} elements")
+    for index, state in enumerate(cast("Sequence[object]", hx) if pair else (hx,)):
+        if not isinstance(state, Tensor):
+            label = f"hx[{index}]" if pair else "hx"
+            raise TypeError(f"{name}: {label} must be a Tensor, got {type(state).__name__}")
+
+
 def _shift(resets: Tensor) -> Tensor:
     """Resets as the backward direction sees them: a sequence that begins at t ends, read from behind, before t - 1."""
     return torch.cat([resets[1:], torch.zeros_like(resets[:1])])
@@ -124,9 +136,11 @@ class _Stack(torch.nn.RNNBase):
         features = (self.proj_size or self.hidden_size, self.hidden_size)
         for place, state in enumerate(states):
             expected = (count, batch, features[place])
+            which = f"hidden[{place}]" if len(states) == 2 else "hidden"
             if state.shape != expected:
-                which = f"hidden[{place}]" if len(states) == 2 else "hidden"
                 raise RuntimeError(f"Expected {which} size {expected}, got {list(state.shape)}")
+            if state.dtype != x.dtype and not torch._C._is_any_autocast_enabled():
+                raise RuntimeError(f"Expected {which} dtype {x.dtype}, that of the input, got {state.dtype}")
 
     def _walk(
         self, x: Tensor, batch: int, states: Sequence[Tensor] | None, batch_sizes: Tensor | None, resets: Tensor | None
@@ -348,6 +362,8 @@ class LSTM(_Stack):
         Returns:
             ``(output, (h_n, c_n))``, as torch.nn.LSTM.
         """
+        if hx is not None:
+            _check_states("LSTM", hx, pair=True)
         if isinstance(input, PackedSequence):
             return cast("tuple[PackedSequence, tuple[Tensor, Tensor]]", self._forward_packed(input, hx, resets))
         if hx is not None and (hx[0].dim() != input.dim() or hx[1].dim() != input.dim()):
@@ -380,6 +396,10 @@ class LayerNormLSTM(LSTM):
     """
 
     def __init__(self, *args: Any, eps: float = 1e-5, **kwargs: Any) -> None:
+        if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+            raise TypeError(f"eps must be a number, got {type(eps).__name__}")
+        if not 0.0 <= eps < float("inf"):
+            raise ValueError(f"eps must be finite and not negative, got {eps}")
         super().__init__(*args, **kwargs)
         self.eps = eps
         like = self._layer_weights(0)[0]
@@ -542,6 +562,8 @@ class GRU(_Stack):
         Returns:
             ``(output, h_n)``, as torch.nn.GRU.
         """
+        if hx is not None:
+            _check_states("GRU", hx, pair=False)
         states = None if hx is None else (hx,)
         if isinstance(input, PackedSequence):
             packed, (h_n,) = self._forward_packed(input, states, resets)
@@ -566,6 +588,8 @@ class LSTMCell(torch.nn.LSTMCell):
         """One step: ``input [B, I]`` or ``[I]``, ``hx = (h [B, H], c [B, H])`` or without B; returns ``(h', c')``."""
         if not input.is_cpu and _forced_backend() is None:
             return super().forward(input, hx)
+        if hx is not None:
+            _check_states("LSTMCell", hx, pair=True)
         batched = _check_cell(self, input, hx)
         x = input.unsqueeze(0) if batched else input.view(1, 1, -1)
         if hx is None:
@@ -588,6 +612,8 @@ class GRUCell(torch.nn.GRUCell):
         """One step: ``input [B, I]`` or ``[I]``, ``hx [B, H]`` or ``[H]``; returns the next h."""
         if not input.is_cpu and _forced_backend() is None:
             return super().forward(input, hx)
+        if hx is not None:
+            _check_states("GRUCell", hx, pair=False)
         batched = _check_cell(self, input, None if hx is None else (hx,))
         x = input.unsqueeze(0) if batched else input.view(1, 1, -1)
         if hx is None:
@@ -606,13 +632,13 @@ def _check_cell(cell: torch.nn.RNNCellBase, input: Tensor, states: Sequence[Tens
     if not (batched or len(shape) == 1) or shape[-1] != cell.input_size:
         _explain_cell(cell, input, states or ())
     for state in states or ():
-        if state.shape != wanted:
+        if state.shape != wanted or state.dtype != input.dtype:
             _explain_cell(cell, input, states or ())
     return batched
 
 
 def _explain_cell(cell: torch.nn.RNNCellBase, input: Tensor, states: Sequence[Tensor]) -> None:
-    """Raise for the first shape that does not fit, with torch's messages."""
+    """Raise for the first shape or dtype that does not fit, with torch's messages."""
     name = type(cell).__name__
     if input.dim() not in (1, 2):
         raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
@@ -632,3 +658,5 @@ def _explain_cell(cell: torch.nn.RNNCellBase, input: Tensor, states: Sequence[Te
             raise RuntimeError(
                 f"Input batch size {input.size(0)} doesn't match hidden{index} batch size {state.size(0)}"
             )
+        if state.dtype != input.dtype and not torch._C._is_any_autocast_enabled():
+            raise RuntimeError(f"hidden{index} must be {input.dtype}, as the input is, got {state.dtype}")

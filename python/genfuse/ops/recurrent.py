@@ -110,8 +110,8 @@ _GRU = _Layer(
 
 # ---- arguments: fast tests that they fit, slow explanations of what does not -----------------------------------------
 # A public function tests everything in one expression; if it is false, `_explain` finds the culprit and raises. The
-# kinds of exception are those of torch.nn.LSTM: RuntimeError for shapes and devices, ValueError for dtypes and values,
-# TypeError for types.
+# kinds of exception are those of torch.nn.LSTM: RuntimeError for shapes, devices and dtypes that differ, ValueError for
+# dtypes that are not served and for values, TypeError for types.
 
 
 def _explain(
@@ -141,7 +141,7 @@ def _explain(
             )
         assert isinstance(first, Tensor)  # it was the first to be tested
         if value.dtype != first.dtype:
-            raise ValueError(
+            raise RuntimeError(
                 f"{op}: {name} must be {first.dtype}, the dtype of {first_name}; got {value.dtype}. Convert one."
             )
         if value.device != first.device:
@@ -151,6 +151,18 @@ def _explain(
             raise TypeError(f"{op}: {name} must be a float, got {type(p).__name__}")
         if not 0.0 <= p <= 1.0:
             raise ValueError(f"{op}: {name} must be a probability in [0, 1], got {p}")
+
+
+def _check_eps(op: str, eps: object) -> None:
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        raise TypeError(f"{op}: eps must be a float, got {type(eps).__name__}")
+    if not 0.0 <= eps < float("inf"):
+        raise ValueError(f"{op}: eps must be finite and not negative, got {eps}")
+
+
+def _check_generator(op: str, generator: object) -> None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"{op}: generator must be a torch.Generator or None, got {type(generator).__name__}")
 
 
 def _want_units(op: str, weight_hh: Tensor) -> None:
@@ -544,8 +556,8 @@ def lstm(
         ``[B, H]``, of x's dtype.
 
     Raises:
-        RuntimeError: a shape or device does not fit, or T is 0.
-        ValueError: dtypes differ, a probability is not in [0, 1], ``batch_sizes`` increase.
+        RuntimeError: a shape or device does not fit, dtypes differ, or T is 0.
+        ValueError: a probability is not in [0, 1], ``eps`` is negative, ``batch_sizes`` increase.
         TypeError: an argument is of the wrong type.
 
     The result is the same run to run and whatever the number of threads. Derivatives of any order exist; those above
@@ -604,6 +616,7 @@ def lstm(
             and 0.0 <= weight_drop <= 1.0
             and 0.0 <= input_dropout <= 1.0
             and 0.0 <= output_dropout <= 1.0
+            and 0.0 <= eps < float("inf")
         )
     except (AttributeError, TypeError, ValueError, IndexError):
         fits = False
@@ -613,9 +626,11 @@ def lstm(
             *(ln_ih_weight, ln_hh_weight, ln_c_weight, ln_c_bias, batch_sizes),
             *(zoneout_h, zoneout_c, weight_drop, input_dropout, output_dropout),
         )
+        _check_eps("lstm", eps)
     if batch_sizes is not None or resets is not None or rng is not None or x.size(0) == 0:
         _check_sequence("lstm", x, h0, batch_sizes, resets, rng)
     if training and rng is None and (zoneout_h or zoneout_c or weight_drop or input_dropout or output_dropout):
+        _check_generator("lstm", generator)
         rng = reference_random.draw_rng(x.device, generator)
 
     arguments = (
@@ -774,8 +789,8 @@ def gru(
         dtype.
 
     Raises:
-        RuntimeError: a shape or device does not fit, or T is 0.
-        ValueError: dtypes differ, a probability is not in [0, 1], ``batch_sizes`` increase.
+        RuntimeError: a shape or device does not fit, dtypes differ, or T is 0.
+        ValueError: a probability is not in [0, 1], ``batch_sizes`` increase.
         TypeError: an argument is of the wrong type.
 
     The result is the same run to run and whatever the number of threads. Derivatives of any order exist; those above
@@ -832,6 +847,7 @@ def gru(
     if batch_sizes is not None or resets is not None or rng is not None or x.size(0) == 0:
         _check_sequence("gru", x, h0, batch_sizes, resets, rng)
     if training and rng is None and (zoneout_h or weight_drop or input_dropout or output_dropout):
+        _check_generator("gru", generator)
         rng = reference_random.draw_rng(x.device, generator)
 
     arguments = (
@@ -917,6 +933,7 @@ def _check_generate(
     temperature: float,
     top_k: int | None,
     top_p: float | None,
+    generator: torch.Generator | None,
     rng: Tensor | None,
     u: Tensor | None,
     weight_dtype: torch.dtype | None,
@@ -947,6 +964,7 @@ def _check_generate(
         raise ValueError(f"{op}: top_p must be in (0, 1], got {top_p}")
     if weight_dtype not in (None, torch.float32, torch.bfloat16):
         raise ValueError(f"{op}: weight_dtype must be None, torch.float32 or torch.bfloat16, got {weight_dtype}")
+    _check_generator(op, generator)
     if u is not None and rng is not None:
         raise ValueError(f"{op}: u and rng cannot be given together")
     if u is not None:
@@ -1009,6 +1027,18 @@ def _check_generate(
             worst = least if least < 0 else most
             raise IndexError(f"{op}: prompt has token {worst}, out of range [0, {embedding.size(0)})")
     return sizes
+
+
+def _kind(value: object) -> str:
+    """What an argument is, for a message."""
+    return f"{type(value).__name__} of {len(value)}" if isinstance(value, (tuple, list)) else type(value).__name__
+
+
+def _check_layers_of_state(op: str, what: str, state: object, layers: int) -> None:
+    if not isinstance(state, (tuple, list)):
+        raise TypeError(f"{op}: state must be a list with one {what} per layer, got {_kind(state)}")
+    if len(state) != layers:
+        raise ValueError(f"{op}: state must hold one {what} per layer, {layers}; got {len(state)}")
 
 
 def _check_state(
@@ -1117,7 +1147,7 @@ def lstm_generate(
         state.
 
     Raises:
-        RuntimeError: a shape or device does not fit.
+        RuntimeError: a shape or device does not fit, or the weights' dtypes differ.
         ValueError: a dtype or value does not fit.
         TypeError: an argument is of the wrong type.
         IndexError: a prompt token is outside [0, V).
@@ -1132,15 +1162,16 @@ def lstm_generate(
     """
     sizes = _check_generate(
         *("lstm_generate", 4, prompt, length, embedding, layers, head_weight, head_bias),
-        *(temperature, top_k, top_p, rng, u, weight_dtype),
+        *(temperature, top_k, top_p, generator, rng, u, weight_dtype),
         (("zoneout_h", zoneout_h), ("zoneout_c", zoneout_c)),
     )
+    _check_eps("lstm_generate", eps)
     batch = prompt.size(0)
     if state is not None:
-        if len(state) != len(layers) or any(len(pair) != 2 for pair in state):
-            raise ValueError(
-                f"lstm_generate: state must hold one pair (h, c) per layer, {len(layers)}; got {len(state)}"
-            )
+        _check_layers_of_state("lstm_generate", "pair (h, c)", state, len(layers))
+        for index, pair in enumerate(cast("Sequence[Any]", state)):
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+                raise TypeError(f"lstm_generate: state[{index}] must be a pair (h, c), got {_kind(pair)}")
         _check_state("lstm_generate", "[0] (h)", [h for h, _ in state], batch, sizes, prompt.device)
         _check_state("lstm_generate", "[1] (c)", [c for _, c in state], batch, sizes, prompt.device)
     if u is None and rng is None:
@@ -1244,13 +1275,12 @@ def gru_generate(
     """
     sizes = _check_generate(
         *("gru_generate", 3, prompt, length, embedding, layers, head_weight, head_bias),
-        *(temperature, top_k, top_p, rng, u, weight_dtype),
+        *(temperature, top_k, top_p, generator, rng, u, weight_dtype),
         (("zoneout_h", zoneout_h),),
     )
     batch = prompt.size(0)
     if state is not None:
-        if len(state) != len(layers):
-            raise ValueError(f"gru_generate: state must hold one h per layer, {len(layers)}; got {len(state)}")
+        _check_layers_of_state("gru_generate", "h", state, len(layers))
         _check_state("gru_generate", "", state, batch, sizes, prompt.device)
     if u is None and rng is None:
         rng = _draw_for(temperature, prompt, generator)
@@ -1324,8 +1354,8 @@ def linear_cross_entropy(
         A scalar, or ``[N]`` with "none". Under autocast the product is in the autocast dtype, the loss in float32.
 
     Raises:
-        RuntimeError: a shape or device does not fit.
-        ValueError: dtypes differ, or reduction is none of the three.
+        RuntimeError: a shape or device does not fit, or dtypes differ.
+        ValueError: reduction is none of the three.
         TypeError: an argument is of the wrong type.
         IndexError: a target is out of range (on the CPU).
 

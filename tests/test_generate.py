@@ -556,8 +556,9 @@ def test_dispatcher(kind: str) -> None:
         op(prompt + 100, *arguments[1:], torch.rand(2, 5), None, 1.0, 0, 1.0, *tail)
     with pytest.raises(RuntimeError, match="u or rng must be given"):
         op(*arguments, None, None, 1.0, 0, 1.0, *tail)
-    with pytest.raises(NotImplementedError, match="put the samples in the batch"):
-        torch.func.vmap(lambda p: model.generate(p, 3, rng=torch.zeros(2, dtype=I64)))(prompt.unsqueeze(0))
+    for rng in (None, torch.zeros(2, dtype=I64)):
+        with pytest.raises(NotImplementedError, match="put the samples in the batch"):
+            torch.func.vmap(lambda p, rng=rng: model.generate(p, 3, rng=rng))(prompt.unsqueeze(0))
     torch._dynamo.reset()
     rng = torch.tensor([1, 2])
     compiled = torch.compile(lambda p: model.generate(p, 7, rng=rng), fullgraph=True, backend="aot_eager")

@@ -249,6 +249,12 @@ def test_arguments_of_a_wrong_type(options: dict[str, object], message: str) -> 
         models.LSTMLanguageModel(**arguments)
 
 
+def test_generate_says_why_it_takes_no_vmap() -> None:
+    model, _ = pair("lstm", torch.float32)
+    with pytest.raises(NotImplementedError, match="put the samples in the batch"):
+        torch.func.vmap(lambda prompt: model.generate(prompt, 3))(some_tokens()[None])
+
+
 def test_wrong_tokens() -> None:
     model, _ = pair("lstm")
     with pytest.raises(ValueError, match=r"tokens must be \[B, T\]"):

@@ -940,6 +940,11 @@ def _check_generate(
     zoneout: Sequence[tuple[str, float]],
 ) -> list[int]:
     """Check the arguments that both decoding loops have; return the layers' sizes H."""
+    if not _is_compiling() and _functorch_top() is not None and _Transform.Vmap in _transforms():
+        # Before any random number is drawn, which vmap refuses with a sentence of its own.
+        tensors_given = (prompt, embedding, head_weight, head_bias, rng, u, *(t for layer in layers for t in layer))
+        if any(isinstance(t, Tensor) and torch._C._functorch.is_batchedtensor(t) for t in tensors_given):
+            raise NotImplementedError(_no_vmap_sentence(f"genfuse.ops.{op}"))
     if not isinstance(prompt, Tensor):
         raise TypeError(f"{op}: prompt must be an int64 Tensor [B, P], got {type(prompt).__name__}")
     if prompt.dtype != torch.int64:
@@ -1628,9 +1633,13 @@ def _empty(output: Tensor, samples: int, at: int) -> Tensor:
     return output.reshape(*shape[:at], samples, shape[at] // samples, *shape[at + 1 :])
 
 
+def _no_vmap_sentence(name: str) -> str:
+    return f"{name} has no vmap rule: its rows are independent, put the samples in the batch B"
+
+
 def _no_vmap(name: str) -> Callable[..., Any]:
     def rule(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        raise NotImplementedError(f"{name} has no vmap rule: its rows are independent, put the samples in the batch B")
+        raise NotImplementedError(_no_vmap_sentence(name))
 
     return rule
 

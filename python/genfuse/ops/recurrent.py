@@ -561,7 +561,9 @@ def lstm(
         TypeError: an argument is of the wrong type.
 
     The result is the same run to run and whatever the number of threads. Derivatives of any order exist; those above
-    the first, and forward mode, are computed by the reference.
+    the first, and forward mode, are computed by the reference. `torch.compile` takes this function and its backward
+    pass, but not `torch.func.grad` around it, for which gradients registered with torch have no rule: call backward on
+    the compiled function's result instead.
 
     Example:
         >>> T, B, I, H = 5, 3, 4, 6
@@ -794,7 +796,9 @@ def gru(
         TypeError: an argument is of the wrong type.
 
     The result is the same run to run and whatever the number of threads. Derivatives of any order exist; those above
-    the first, and forward mode, are computed by the reference.
+    the first, and forward mode, are computed by the reference. `torch.compile` takes this function and its backward
+    pass, but not `torch.func.grad` around it, for which gradients registered with torch have no rule: call backward on
+    the compiled function's result instead.
 
     Example:
         >>> T, B, I, H = 5, 3, 4, 6

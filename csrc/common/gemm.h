@@ -121,50 +121,58 @@ inline void multiply(int count, int vectors, int64_t depth, const T* const* rows
 }
 
 // The same from weights that are not packed, for a handful of rows used once: weight(column) is that column's
-// contiguous vector of `depth` values, or null for padding. Summed lane by lane, so the rounding differs from
-// multiply's, but not with the number of rows.
+// contiguous vector of `depth` values, or null for padding; `columns` is a multiple of the lanes. Every column is
+// summed lane by lane, and the lanes of a vector's worth of columns together, by a transposition: adding up each for
+// itself would take as long as reading the weights. The rounding differs from multiply's, but not with the number of
+// rows.
 template <class T, class Weight>
 inline void multiply_unpacked(int count, int columns, int64_t depth, const T* const* rows, Weight weight, T* out) {
   using V = Vec<T>;
   constexpr int lanes = kLanes<T>;
-  constexpr int group = 4;
+  constexpr int group = lanes < 4 ? lanes : 4;
   const int64_t whole = depth / lanes * lanes;
   const int rest = static_cast<int>(depth - whole);
-  for (int column = 0; column < columns; column += group) {
-    const T* w[group];
-    for (int j = 0; j < group; ++j) {
-      w[j] = column + j < columns ? weight(column + j) : nullptr;
-    }
-    for (int j = 0; j < group; ++j) {
-      if (w[j] == nullptr) w[j] = w[0];
-    }
+  for (int column = 0; column < columns; column += lanes) {
+    const T* w[lanes];
+    for (int j = 0; j < lanes; ++j) w[j] = weight(column + j);
     for (int r = 0; r < count; ++r) {
-      T* to = out + static_cast<int64_t>(r) * columns + column;
-      if (w[0] == nullptr) {
-        for (int j = 0; j < group && column + j < columns; ++j) to[j] = 0;
-        continue;
-      }
-      V even[group]{}, odd[group]{};
-      int64_t k = 0;
-      for (; k + 2 * lanes <= whole; k += 2 * lanes) {
-        const V x0 = load(rows[r] + k), x1 = load(rows[r] + k + lanes);
+      V sums[lanes];
+      for (int first = 0; first < lanes; first += group) {
+        const T* from[group];
 #pragma GCC unroll 4
-        for (int j = 0; j < group; ++j) {
-          even[j] += x0 * load(w[j] + k);
-          odd[j] += x1 * load(w[j] + k + lanes);
+        for (int j = 0; j < group; ++j) from[j] = w[first + j] != nullptr ? w[first + j] : w[0];  // padding comes last
+        V even[group]{}, odd[group]{};
+        if (w[first] != nullptr) {
+          int64_t k = 0;
+          for (; k + 2 * lanes <= whole; k += 2 * lanes) {
+            const V x0 = load(rows[r] + k), x1 = load(rows[r] + k + lanes);
+#pragma GCC unroll 4
+            for (int j = 0; j < group; ++j) {
+              even[j] += x0 * load(from[j] + k);
+              odd[j] += x1 * load(from[j] + k + lanes);
+            }
+          }
+          if (k < whole) {
+            const V x0 = load(rows[r] + k);
+#pragma GCC unroll 4
+            for (int j = 0; j < group; ++j) even[j] += x0 * load(from[j] + k);
+          }
+          if (rest > 0) {
+            const V x1 = load_partial(rows[r] + whole, rest);
+#pragma GCC unroll 4
+            for (int j = 0; j < group; ++j) odd[j] += x1 * load_partial(from[j] + whole, rest);
+          }
         }
+#pragma GCC unroll 4
+        for (int j = 0; j < group; ++j) sums[first + j] = w[first + j] != nullptr ? even[j] + odd[j] : V{};
       }
-      if (k < whole) {
-        const V x0 = load(rows[r] + k);
-        for (int j = 0; j < group; ++j) even[j] += x0 * load(w[j] + k);
+      transpose<T>(sums);
+#pragma GCC unroll 4
+      for (int half = lanes / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+        for (int j = 0; j < half; ++j) sums[j] += sums[j + half];
       }
-      if (rest > 0) {
-        const V x1 = load_partial(rows[r] + whole, rest);
-        for (int j = 0; j < group; ++j) odd[j] += x1 * load_partial(w[j] + whole, rest);
-      }
-      for (int j = 0; j < group && column + j < columns; ++j) {
-        to[j] = weight(column + j) == nullptr ? 0 : sum<T>(even[j] + odd[j]);
-      }
+      store(out + static_cast<int64_t>(r) * columns + column, sums[0]);
     }
   }
 }

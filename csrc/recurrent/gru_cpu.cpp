@@ -202,7 +202,7 @@ class GruBackwardCpu : RecurrentCpu<T, 3> {
     x_rows = arena.take<const T*>(rows);
     h_rows = arena.take<const T*>(rows);
     x_masked = this->reg.masks_input() ? arena.take<T>(rows * seq.input) : nullptr;
-    b_panels = p.needs_weights ? arena.take<T>(Panels<T>::size(rows, seq.input) + Panels<T>::size(rows, H)) : nullptr;
+    b_panels = p.needs_weights ? arena.take<T>(Panels<T>::size(rows, maximum(seq.input, H))) : nullptr;
     tile_size = weight_gradient_tiles<T>(rows);
     a_tiles = p.needs_weights ? arena.take<T>(tile_size * threads) : nullptr;
   }
@@ -295,12 +295,12 @@ class GruBackwardCpu : RecurrentCpu<T, 3> {
       // n, r, z, hn: the first three are the gradient of W_ih x, the last three that of W_hh h.
       const auto x_row = [&](int64_t k) { return x_rows[k]; };
       const auto h_row = [&](int64_t k) { return h_rows[k]; };
-      const auto product = [&](int64_t first_column, int64_t count, const auto&... of) {
-        weight_gradient<T>(m, part.rows, grad_gates, ld, first_column, count, !first, b_panels, tiles, of...);
+      const auto product = [&](int64_t first_column, int64_t count, const auto& of) {
+        weight_gradient<T>(m, part.rows, grad_gates, ld, first_column, count, !first, b_panels, tiles, of);
       };
       product(0, H, gradient_of(x_row, I, p.grad_w_ih + 2 * H * I));
-      product(H, 2 * H, gradient_of(x_row, I, p.grad_w_ih), gradient_of(h_row, H, p.grad_w_hh));
-      product(3 * H, H, gradient_of(h_row, H, p.grad_w_hh + 2 * H * H));
+      product(H, 2 * H, gradient_of(x_row, I, p.grad_w_ih));
+      product(H, G, gradient_of(h_row, H, p.grad_w_hh));
     }
     if (p.needs_x) this->input_gradient(m, part, grad_gates, 4 * H, w_ih, p.grad_x);
   }

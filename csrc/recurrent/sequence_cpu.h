@@ -28,11 +28,13 @@ struct Arena {
   }
 };
 
-// About how many rows a chunk of steps has: enough to amortise reading the weight gradients back, few enough that
-// a chunk of gates stays near the caches. Depends on the shape only, never on the threads.
-inline constexpr int64_t kChunkRows = 384;
-
-inline int64_t chunk_steps(const Sequence& s) { return maximum(1, minimum(s.steps, kChunkRows / maximum(s.batch, 1))); }
+// About how many rows a chunk of steps has: enough to amortise reading the weight gradients back, few enough that a
+// chunk of gates stays near the caches, and takes little memory. Depends on the shape only, never on the threads.
+inline int64_t chunk_steps(const Sequence& s) {
+  constexpr int64_t least = 256, most = 384, values = 768 << 10;
+  const int64_t rows = maximum(least, minimum(most, values / (4 * maximum(s.hidden, 1))));
+  return maximum(1, minimum(s.steps, rows / maximum(s.batch, 1)));
+}
 
 struct Geometry {
   Sequence seq;

@@ -212,12 +212,10 @@ class LstmForwardCpu : RecurrentCpu<T, 4> {
         const T* from[kTileRows];
         for (int r = 0; r < count; ++r) from[r] = h_prev + (first + r) * ld_s;
         gate_product(v, count, from, w_hh, this->recurrent_weights(), tile);
-        for (int r = 0; r < count; ++r) {
-          if (in.layer_norm()) {
-            keep_recurrent(t, first + r, v, tile + r * 4 * L);
-          } else {
-            plain_cell(part, s, t, first + r, v, tile + r * 4 * L);
-          }
+        if (in.layer_norm()) {
+          for (int r = 0; r < count; ++r) keep_recurrent(t, first + r, v, tile + r * 4 * L);
+        } else {
+          plain_cells(part, s, t, first, count, v, tile);
         }
       });
     }
@@ -247,24 +245,34 @@ class LstmForwardCpu : RecurrentCpu<T, 4> {
     }
   }
 
-  void plain_cell(const Chunk& part, int64_t s, int64_t t, int64_t b, int64_t v, const T* product) {
-    const int64_t row = g.first_row(t) + b, n = this->unit_count(v);
-    T* at = gates_row(part, row) + v * L;
+  // A tile's cells. First all rows' gates, then all rows' states: each is a long chain of dependent instructions, and
+  // rows that follow each other closely are computed side by side.
+  void plain_cells(const Chunk& part, int64_t s, int64_t t, int64_t first, int count, int64_t v, const T* tile) {
+    const int64_t n = this->unit_count(v);
     const T* beta = bias + v * 4 * L;
-    V a[4];
-    for (int gate = 0; gate < 4; ++gate) {
-      a[gate] = load(product + gate * L) + load_upto(at + gate * H, n) + load(beta + gate * L);
+    V c_new[kTileRows], o[kTileRows];
+    for (int r = 0; r < count; ++r) {
+      const int64_t b = first + r;
+      T* at = gates_row(part, g.first_row(t) + b) + v * L;
+      const T* product = tile + r * 4 * L;
+      V a[4];
+      for (int gate = 0; gate < 4; ++gate) {
+        a[gate] = load(product + gate * L) + load_upto(at + gate * H, n) + load(beta + gate * L);
+      }
+      const auto act = lstm_gates(a[0], a[1], a[2], a[3]);
+      c_new[r] = lstm_cell(act, load(c + b * ld_h + v * L));
+      o[r] = act.o;
+      if (gates == nullptr) {
+        store_upto(at, act.i, n);
+        store_upto(at + H, act.f, n);
+        store_upto(at + 2 * H, act.g, n);
+        store_upto(at + 3 * H, act.o, n);
+      }
     }
-    const auto act = lstm_gates(a[0], a[1], a[2], a[3]);
-    const V c_new = lstm_cell(act, load(c + b * ld_h + v * L));
-    if (gates == nullptr) {
-      store_upto(at, act.i, n);
-      store_upto(at + H, act.f, n);
-      store_upto(at + 2 * H, act.g, n);
-      store_upto(at + 3 * H, act.o, n);
+    for (int r = 0; r < count; ++r) {
+      finish_c(s, t, first + r, v, c_new[r]);
+      put_h(s, t, first + r, v, o[r] * tanh(c_new[r]));
     }
-    finish_c(s, t, b, v, c_new);
-    put_h(s, t, b, v, act.o * tanh(c_new));
   }
 
   // c_t from c~: zoneout, the reserve, the final state, the next step's state.
@@ -310,12 +318,10 @@ class LstmForwardCpu : RecurrentCpu<T, 4> {
   }
 
   Moments<T> combine(int64_t b, int64_t values_per_unit) const {
-    Moments<T> m;
-    for (int64_t v = 0; v < this->h_vectors; ++v) {
-      const T* part = parts + (b * this->h_vectors + v) * 2;
-      m.add(static_cast<T>(values_per_unit * minimum(this->unit_count(v), L)), part[0], part[1]);
-    }
-    return m;
+    return combine_moments<T>(this->h_vectors, [&](int64_t v) {
+      const T* of_v = parts + (b * this->h_vectors + v) * 2;
+      return Moments<T>{static_cast<T>(values_per_unit * minimum(this->unit_count(v), L)), of_v[0], of_v[1]};
+    });
   }
 
   void normalized_cell(const Place& place, const Chunk& part, int64_t s, int64_t t, Range rows, Range units) {

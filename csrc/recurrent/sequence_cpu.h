@@ -179,37 +179,49 @@ GENFUSE_HD Vec<T> zoneout(Vec<T> w, Vec<T> old_state, Vec<T> new_state) {
 
 // ---- layer normalisation, in parts ----
 
-// Mean and sum of squared deviations of `count` values, combined from parts by Chan's formula in a fixed order.
+// Mean and sum of squared deviations of `count` values. Both are taken about a first estimate of the mean and then
+// corrected, so that neither suffers where the mean is large beside the deviations.
 template <class T>
 struct Moments {
-  T count = 0, mean = 0, deviation = 0;
-  void add(T n, T m, T d) {
-    const T total = count + n, delta = m - mean;
-    if (total == 0) return;
-    mean += delta * (n / total);
-    deviation += d + delta * delta * (count * n / total);
-    count = total;
+  T count, mean, deviation;
+  // From the sums of values less `estimate` and of their squares.
+  static Moments about(T estimate, T count, T sum, T squares) {
+    const T correction = sum / count, deviation = squares - sum * correction;
+    return {count, estimate + correction, deviation < 0 ? T{0} : deviation};  // NaN stays
   }
   T rstd(double eps) const { return static_cast<T>(1.0 / std::sqrt(static_cast<double>(deviation / count) + eps)); }
 };
 
 template <class T>
 inline Moments<T> row_moments(const T* row, int64_t n) {
-  constexpr int64_t block = 64;
-  Moments<T> m;
-  for (int64_t i = 0; i < n; i += block) {
-    const int64_t c = minimum(block, n - i);
-    Vec<T> s{};
-    for (int64_t j = 0; j < c; j += kLanes<T>) s += load_upto(row + i + j, c - j);
-    const T mean = sum<T>(s) / static_cast<T>(c);
-    Vec<T> d{};
-    for (int64_t j = 0; j < c; j += kLanes<T>) {
-      const Vec<T> e = keep_first<T>(load_upto(row + i + j, c - j) - mean, c - j);
-      d += e * e;
-    }
-    m.add(static_cast<T>(c), mean, sum<T>(d));
+  Vec<T> total{}, sums{}, squares{};
+  for (int64_t i = 0; i < n; i += kLanes<T>) total += load_upto(row + i, n - i);
+  const T count = static_cast<T>(n), estimate = sum<T>(total) / count;
+  for (int64_t i = 0; i < n; i += kLanes<T>) {
+    const Vec<T> e = keep_first<T>(load_upto(row + i, n - i) - estimate, n - i);
+    sums += e;
+    squares += e * e;
   }
-  return m;
+  return Moments<T>::about(estimate, count, sum<T>(sums), sum<T>(squares));
+}
+
+// Of all parts together, in their order; part(i) gives the moments of one.
+template <class T, class Part>
+inline Moments<T> combine_moments(int64_t parts, Part part) {
+  T count = 0, total = 0, sums = 0, squares = 0;
+  for (int64_t i = 0; i < parts; ++i) {
+    const Moments<T> m = part(i);
+    count += m.count;
+    total += m.count * m.mean;
+  }
+  const T estimate = total / count;
+  for (int64_t i = 0; i < parts; ++i) {
+    const Moments<T> m = part(i);
+    const T e = m.mean - estimate;
+    sums += m.count * e;
+    squares += m.deviation + m.count * e * e;
+  }
+  return Moments<T>::about(estimate, count, sums, squares);
 }
 
 // ---- packed operands ----

@@ -41,4 +41,6 @@ STABLE_TORCH_LIBRARY(genfuse, m) {
       "gru_generate(Tensor prompt, int length, Tensor embedding, Tensor[] weights, Tensor head_weight, "
       "Tensor? head_bias, Tensor h0, Tensor? u, Tensor? rng, float temperature, int top_k, float top_p, "
       "float zoneout_h, bool bf16_weights) -> (Tensor tokens, Tensor log_probs, Tensor h_n)");
+  // sampling: random numbers by address
+  m.def("philox_(Tensor(a!) out, Tensor rng, int noise) -> ()");
 }

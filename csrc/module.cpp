@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <new>
 #include <optional>
@@ -16,6 +17,7 @@
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "recurrent/lstm.h"
+#include "sampling/noise.h"
 
 namespace py = pybind11;
 
@@ -208,6 +210,54 @@ py::tuple lstm_forward_any(const py::object& x_in, const py::object& h0, const p
                 : lstm_forward<double>(x, h0, c0, w_ih, w_hh, options);
 }
 
+// ---- random numbers ---------------------------------------------------------------------------------------------------
+
+uint64_t word64(const char* name, const py::int_& value) {
+  const bool negative = PyObject_RichCompareBool(value.ptr(), py::int_(0).ptr(), Py_LT) == 1;
+  const uint64_t word = negative ? static_cast<uint64_t>(PyLong_AsLongLong(value.ptr())) : PyLong_AsUnsignedLongLong(value.ptr());
+  if (PyErr_Occurred() != nullptr) {
+    PyErr_Clear();
+    throw py::value_error(std::string(name) + " must fit 64 bits, got " + py::str(value).cast<std::string>());
+  }
+  return word;
+}
+
+template <class T>
+py::array philox_fill(const std::vector<py::ssize_t>& shape, genfuse::NoiseFill<T> args, int threads) {
+  py::array_t<T> out(shape);
+  args.out = out.mutable_data();
+  args.count = out.size();
+  run_kernel(GENFUSE_DISPATCH(noise_kernel<T>)(), args, threads);
+  return out;
+}
+
+py::array philox(const std::vector<py::ssize_t>& shape, const py::int_& seed, const py::int_& offset,
+                 const std::string& noise, const py::object& dtype, int threads) {
+  static const std::vector<std::string> noises{"bits", "uniform", "normal", "gumbel", "logistic"};
+  const auto kind = std::find(noises.begin(), noises.end(), noise) - noises.begin();
+  if (kind == genfuse::kNoises) {
+    throw py::value_error("noise must be bits, uniform, normal, gumbel or logistic, got " + noise);
+  }
+  for (const py::ssize_t size : shape) {
+    if (size < 0) throw py::value_error("shape must not hold negative sizes, got " + py::str(py::cast(shape)).cast<std::string>());
+  }
+  if (threads < 1) throw py::value_error("threads must be at least 1, got " + std::to_string(threads));
+  const auto draw = [&]<class T>(T) {
+    genfuse::NoiseFill<T> args;
+    args.noise = static_cast<genfuse::Noise>(kind);
+    args.seed = word64("seed", seed);
+    args.offset = word64("offset", offset);
+    return philox_fill(shape, args, threads);
+  };
+  const py::dtype wanted = dtype.is_none() ? (kind == 0 ? py::dtype::of<int64_t>() : py::dtype::of<float>())
+                                           : py::dtype::from_args(dtype);
+  if (kind == 0 && wanted.is(py::dtype::of<int64_t>())) return draw(int64_t{});
+  if (kind != 0 && wanted.is(py::dtype::of<float>())) return draw(float{});
+  if (kind != 0 && wanted.is(py::dtype::of<double>())) return draw(double{});
+  throw py::type_error("dtype must be " + std::string(kind == 0 ? "int64" : "float32 or float64") + ", got " +
+                       py::str(wanted).cast<std::string>());
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = GENFUSE_VERSION;
@@ -278,5 +328,28 @@ Example:
     >>> y, h_n, c_n = _C.lstm_forward(x, h, h, w_ih, w_hh)
     >>> y.shape
     (5, 2, 4)
+)");
+
+  m.def("philox", &philox, py::arg("shape"), py::arg("seed"), py::arg("offset") = 0, py::kw_only(),
+        py::arg("noise") = "uniform", py::arg("dtype") = py::none(), py::arg("threads") = 1,
+        R"(Random numbers by address: element e of the stream (seed, offset), as genfuse.ops.philox_* draw them.
+
+Args:
+    shape: of the result.
+    seed, offset: 64 bits each, negative numbers in two's complement.
+    noise: "bits", "uniform", "normal", "gumbel" or "logistic".
+    dtype: float32 (the default) or float64; int64 for bits.
+    threads: how many threads to use.
+
+Returns:
+    A NumPy array.
+
+Raises:
+    TypeError, ValueError: naming the argument.
+
+Example:
+    >>> from genfuse import _C
+    >>> _C.philox([2], 0, noise="normal")
+    array([ 0.9911378, -0.9247365], dtype=float32)
 )");
 }

@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,3 +28,12 @@ def lstm_forward(
     reverse: bool = False,
     threads: int = 1,
 ) -> tuple[npt.NDArray[np.floating], npt.NDArray[np.floating], npt.NDArray[np.floating]]: ...
+def philox(
+    shape: Sequence[int],
+    seed: int,
+    offset: int = 0,
+    *,
+    noise: str = "uniform",
+    dtype: npt.DTypeLike | None = None,
+    threads: int = 1,
+) -> npt.NDArray[Any]: ...

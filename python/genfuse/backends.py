@@ -90,15 +90,28 @@ class _Op:
     name: str
     function: Callable[..., Any]
     subject: str  # the argument whose device and dtype decide
+    tensor: Callable[[Arguments], torch.Tensor]
 
 
 _OPS: dict[str, _Op] = {}
 _KERNELS: dict[str, list[Kernel]] = {}
 
 
-def register_op(name: str, function: Callable[..., Any], subject: str) -> None:
-    """Enter an op: its public function and the argument whose device and dtype decide."""
-    _OPS[name] = _Op(name, function, subject)
+def register_op(
+    name: str,
+    function: Callable[..., Any],
+    subject: str,
+    tensor: Callable[[Arguments], torch.Tensor] | None = None,
+) -> None:
+    """Enter an op: its public function and the argument whose device and dtype decide; `tensor` finds a stand-in where
+    that argument may be absent.
+    """
+
+    def argument(arguments: Arguments) -> torch.Tensor:
+        found: torch.Tensor = arguments[subject]
+        return found
+
+    _OPS[name] = _Op(name, function, subject, tensor or argument)
     _KERNELS.setdefault(name, [])
 
 
@@ -120,8 +133,7 @@ def _load_ops() -> None:
 
 
 def _objection(kernel: Kernel, arguments: Arguments) -> str | None:
-    subject = _OPS[kernel.op].subject
-    tensor = arguments[subject]
+    subject, tensor = _OPS[kernel.op].subject, _OPS[kernel.op].tensor(arguments)
     if kernel.devices and tensor.device.type not in kernel.devices:
         return f"{subject} is on {tensor.device.type}; it runs on {' or '.join(kernel.devices)}"
     if tensor.dtype not in kernel.dtypes:
@@ -285,7 +297,7 @@ def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Explanat
             taken = True
             why = f"use_backend({name!r}) is in force" if name is not None else "the first that can run"
             candidates.append(Candidate(kernel.backend, True, why))
-    tensor = arguments[entry.subject]
+    tensor = entry.tensor(arguments)
     return Explanation(entry.name, f"{tensor.device}, {_name(tensor.dtype)}", tuple(candidates))
 
 

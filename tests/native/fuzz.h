@@ -176,5 +176,6 @@ void run_everywhere(One one) {
 void lstm_case(Random& random, std::string& description);
 void gru_case(Random& random, std::string& description);
 void generate_case(Random& random, std::string& description);
+void noise_case(Random& random, std::string& description);
 
 }  // namespace fuzz

@@ -14,6 +14,7 @@ constexpr Kernel kKernels[] = {
     {"lstm", fuzz::lstm_case},
     {"gru", fuzz::gru_case},
     {"generate", fuzz::generate_case},
+    {"noise", fuzz::noise_case},
 };
 
 // The case that is running. A sanitizer that finds something ends the program, so it must be told what to print.

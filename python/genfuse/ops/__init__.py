@@ -3,5 +3,17 @@
 from __future__ import annotations
 
 from .recurrent import gru, gru_generate, linear_cross_entropy, lstm, lstm_generate
+from .sampling import philox_bits, philox_gumbel, philox_logistic, philox_normal, philox_uniform
 
-__all__ = ["gru", "gru_generate", "linear_cross_entropy", "lstm", "lstm_generate"]
+__all__ = [
+    "gru",
+    "gru_generate",
+    "linear_cross_entropy",
+    "lstm",
+    "lstm_generate",
+    "philox_bits",
+    "philox_gumbel",
+    "philox_logistic",
+    "philox_normal",
+    "philox_uniform",
+]

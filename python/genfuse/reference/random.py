@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["draw_rng", "keep_mask", "philox4x32", "uniform", "uniform_elements"]
+__all__ = ["draw_rng", "keep_mask", "philox4x32", "uniform", "uniform_elements", "words"]
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -65,6 +65,29 @@ def philox4x32(
     return c0, c1, c2, c3
 
 
+def words(rng: Tensor, elements: Tensor, stream: int = 0) -> Tensor:
+    """The 32-bit words of the given element indices.
+
+    Args:
+        rng: int64 ``[2]``, the pair ``(seed, offset)``.
+        elements: int64 tensor of element indices >= 0, any shape.
+        stream: added to the offset, so that one pair serves several independent streams.
+
+    Returns:
+        int64 tensor of ``elements``' shape, each in [0, 2^32).
+
+    Example:
+        >>> words(torch.tensor([0, 0]), torch.tensor([3, 0])).tolist()
+        [2600524760, 1713891541]
+    """
+    seed, offset = rng[0], rng[1] + stream
+    block = elements >> 2
+    low, high = (offset & _MASK).expand(block.shape), ((offset >> 32) & _MASK).expand(block.shape)
+    counter = (block & _MASK, (block >> 32) & _MASK, low, high)
+    output = torch.stack(philox4x32(counter, (seed & _MASK, (seed >> 32) & _MASK)))
+    return output.gather(0, (elements & 3).unsqueeze(0)).squeeze(0)
+
+
 def uniform_elements(rng: Tensor, elements: Tensor, stream: int = 0) -> Tensor:
     """Uniforms in [0, 1) of the given element indices.
 
@@ -81,13 +104,7 @@ def uniform_elements(rng: Tensor, elements: Tensor, stream: int = 0) -> Tensor:
         >>> bool((uniform_elements(rng, torch.arange(8)) == uniform(rng, (2, 4)).flatten()).all())
         True
     """
-    seed, offset = rng[0], rng[1] + stream
-    block = elements >> 2
-    low, high = (offset & _MASK).expand(block.shape), ((offset >> 32) & _MASK).expand(block.shape)
-    counter = (block & _MASK, (block >> 32) & _MASK, low, high)
-    words = torch.stack(philox4x32(counter, (seed & _MASK, (seed >> 32) & _MASK)))
-    word = words.gather(0, (elements & 3).unsqueeze(0)).squeeze(0)
-    return (word >> 8).to(torch.float64) * 2.0**-24
+    return (words(rng, elements, stream) >> 8).to(torch.float64) * 2.0**-24
 
 
 def uniform(rng: Tensor, shape: tuple[int, ...], stream: int = 0) -> Tensor:

@@ -210,11 +210,13 @@ py::tuple lstm_forward_any(const py::object& x_in, const py::object& h0, const p
                 : lstm_forward<double>(x, h0, c0, w_ih, w_hh, options);
 }
 
-// ---- random numbers ---------------------------------------------------------------------------------------------------
+// ---- random numbers
+// ---------------------------------------------------------------------------------------------------
 
 uint64_t word64(const char* name, const py::int_& value) {
   const bool negative = PyObject_RichCompareBool(value.ptr(), py::int_(0).ptr(), Py_LT) == 1;
-  const uint64_t word = negative ? static_cast<uint64_t>(PyLong_AsLongLong(value.ptr())) : PyLong_AsUnsignedLongLong(value.ptr());
+  const uint64_t word =
+      negative ? static_cast<uint64_t>(PyLong_AsLongLong(value.ptr())) : PyLong_AsUnsignedLongLong(value.ptr());
   if (PyErr_Occurred() != nullptr) {
     PyErr_Clear();
     throw py::value_error(std::string(name) + " must fit 64 bits, got " + py::str(value).cast<std::string>());
@@ -239,7 +241,8 @@ py::array philox(const std::vector<py::ssize_t>& shape, const py::int_& seed, co
     throw py::value_error("noise must be bits, uniform, normal, gumbel or logistic, got " + noise);
   }
   for (const py::ssize_t size : shape) {
-    if (size < 0) throw py::value_error("shape must not hold negative sizes, got " + py::str(py::cast(shape)).cast<std::string>());
+    if (size < 0)
+      throw py::value_error("shape must not hold negative sizes, got " + py::str(py::cast(shape)).cast<std::string>());
   }
   if (threads < 1) throw py::value_error("threads must be at least 1, got " + std::to_string(threads));
   const auto draw = [&]<class T>(T) {
@@ -249,8 +252,8 @@ py::array philox(const std::vector<py::ssize_t>& shape, const py::int_& seed, co
     args.offset = word64("offset", offset);
     return philox_fill(shape, args, threads);
   };
-  const py::dtype wanted = dtype.is_none() ? (kind == 0 ? py::dtype::of<int64_t>() : py::dtype::of<float>())
-                                           : py::dtype::from_args(dtype);
+  const py::dtype wanted =
+      dtype.is_none() ? (kind == 0 ? py::dtype::of<int64_t>() : py::dtype::of<float>()) : py::dtype::from_args(dtype);
   if (kind == 0 && wanted.is(py::dtype::of<int64_t>())) return draw(int64_t{});
   if (kind != 0 && wanted.is(py::dtype::of<float>())) return draw(float{});
   if (kind != 0 && wanted.is(py::dtype::of<double>())) return draw(double{});
@@ -350,6 +353,6 @@ Raises:
 Example:
     >>> from genfuse import _C
     >>> _C.philox([2], 0, noise="normal")
-    array([ 0.9911378, -0.9247365], dtype=float32)
+    array([ 0.9911377, -0.9246626], dtype=float32)
 )");
 }

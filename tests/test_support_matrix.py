@@ -86,6 +86,10 @@ def test_every_row_holds(row: dict[str, str]) -> None:
         pytest.skip("not for this machine")
     for name in row["dtypes"].split(", "):
         dtype = getattr(torch, name)
+        if row["op"].startswith("philox"):
+            with backends.use_backend(row["backend"]):
+                assert getattr(ops, row["op"])((3, 5), 1, dtype=dtype).dtype == dtype
+            continue
         if row["op"] == "linear_cross_entropy":
             arguments: tuple[object, ...] = (
                 torch.randn(4, 3, dtype=dtype),

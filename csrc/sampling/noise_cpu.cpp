@@ -1,5 +1,5 @@
-// Noise on CPU: every thread takes a run of whole groups of Philox blocks, so what an element becomes depends on neither
-// the threads nor where a run begins.
+// Noise on CPU: every thread takes a run of whole groups of Philox blocks, so what an element becomes depends on
+// neither the threads nor where a run begins.
 #include "sampling/noise.h"
 
 #include <cstring>
@@ -23,8 +23,8 @@ GENFUSE_HD void put_group(const NoiseFill<float>& p, const PhiloxVector& bits, f
   if constexpr (noise == Noise::normal) {
     constexpr auto all = std::make_index_sequence<L>{};
     VecFloat even, odd;
-    normal_pair(as_words(join_words(bits.word[0], bits.word[2])), as_words(join_words(bits.word[1], bits.word[3])), even,
-                odd);
+    normal_pair(as_words(join_words(bits.word[0], bits.word[2])), as_words(join_words(bits.word[1], bits.word[3])),
+                even, odd);
     value[0] = interleave_low(even, odd, all);
     value[1] = interleave_high(even, odd, all);
   } else {

@@ -1,7 +1,8 @@
-// From the cipher's words to noise, once for a scalar on host or device (T: float or double) and once for a float vector.
-// A word w stands for u = (w + 1/2) / 2^32, which is never 0 or 1, so every result is finite.
+// From the cipher's words to noise, once for a scalar on host or device (T: float or double) and once for a float
+// vector. A word w stands for u = (w + 1/2) / 2^32, which is never 0 or 1, so every result is finite.
 //
-//   normal    Box and Muller 1958: words 2j and 2j + 1 of a block give r = sqrt(-2 ln u) and the angle 2 pi u', elements
+//   normal    Box and Muller 1958: words 2j and 2j + 1 of a block give r = sqrt(-2 ln u) and the angle 2 pi u',
+//   elements
 //             2j and 2j + 1 are r cos and r sin. |normal| < 6.77.
 //   gumbel    -ln(-ln u)
 //   logistic  ln u - ln(1 - u)
@@ -14,7 +15,8 @@ GENFUSE_NAMESPACE {
 
 GENFUSE_HD double log_of_word(uint32_t w) {
   // In the upper half the distance from 1 is what counts: ln(1 - d) with an exact d.
-  return w >> 31 != 0 ? ::log1p(-(static_cast<double>(~w) + 0.5) * 0x1p-32) : ::log((static_cast<double>(w) + 0.5) * 0x1p-32);
+  return w >> 31 != 0 ? ::log1p(-(static_cast<double>(~w) + 0.5) * 0x1p-32)
+                      : ::log((static_cast<double>(w) + 0.5) * 0x1p-32);
 }
 
 // r cos and r sin.

@@ -20,6 +20,7 @@ __all__ = ["philox_bits", "philox_gumbel", "philox_logistic", "philox_normal", "
 
 _NOISES = ("bits", "uniform", "normal", "gumbel", "logistic")
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_on_cpu = _native.load()  # asked once: torch.compile cannot trace the asking
 
 
 def _is_integer(value: object) -> bool:
@@ -88,7 +89,8 @@ def _draw(
     out = _target(name, shape, dtype, device, out, (torch.int64,) if noise == "bits" else _FLOATS)
     if out.is_meta:
         return out
-    backend = backends.select(name, {"out": out})
+    fast = _on_cpu and out.is_cpu and backends.forced() is None
+    backend = "native" if fast else backends.select(name, {"out": out})
     rng = torch.tensor(address, dtype=torch.int64)
     if backend == "native":
         torch.ops.genfuse.philox_(out, rng, _NOISES.index(noise))
@@ -295,7 +297,7 @@ def _register() -> None:
 
 
 def _native_objection(arguments: backends.Arguments) -> str | None:
-    return _native.error()
+    return None if _on_cpu else _native.error()
 
 
 def _triton_objection(arguments: backends.Arguments) -> str | None:
@@ -306,10 +308,16 @@ def _triton_objection(arguments: backends.Arguments) -> str | None:
     return None
 
 
-def _subject(arguments: backends.Arguments) -> Tensor:
+def _subject_of(default: torch.dtype | None) -> Callable[[backends.Arguments], Tensor]:
     """A tensor with the device and dtype of the result of a call that `explain` is asked about."""
-    out: Tensor | None = arguments.get("out")
-    return torch.empty(0, dtype=arguments.get("dtype"), device=arguments.get("device")) if out is None else out
+
+    def subject(arguments: backends.Arguments) -> Tensor:
+        out: Tensor | None = arguments.get("out")
+        if out is not None:
+            return out
+        return torch.empty(0, dtype=arguments.get("dtype") or default, device=arguments.get("device"))
+
+    return subject
 
 
 def _enter_backends() -> None:
@@ -318,7 +326,7 @@ def _enter_backends() -> None:
     for noise, function in zip(_NOISES, functions, strict=True):
         name = f"philox_{noise}"
         dtypes = (torch.int64,) if noise == "bits" else _FLOATS
-        backends.register_op(name, function, "out", _subject)
+        backends.register_op(name, function, "out", _subject_of(torch.int64 if noise == "bits" else None))
         for kernel in (
             entries(name, "native", ("cpu",), dtypes, objection=_native_objection),
             entries(name, "triton", ("cuda",), dtypes[:1] if noise == "bits" else (*dtypes[:1], *dtypes[2:]),
@@ -329,5 +337,5 @@ def _enter_backends() -> None:
 
 
 _enter_backends()
-if _native.load():
+if _on_cpu:
     _register()

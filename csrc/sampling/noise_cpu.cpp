@@ -11,7 +11,7 @@ namespace genfuse {
 GENFUSE_NAMESPACE {
 namespace {
 
-constexpr int kGroups = 2;  // at once: one group's chain of multiplications leaves the ports half empty
+constexpr int kGroups = 4;  // at once: one group's chain of multiplications leaves most ports empty
 constexpr int64_t kDrawn = kGroups * kPhiloxGroup;
 
 // out[kPhiloxGroup] = a group's elements.

@@ -439,7 +439,7 @@ def draw_chart(result: Record, path: Path) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     axes.set_xlabel("speed-up of genfuse (theirs / ours); right of 1x genfuse is faster;\n| marks the target")
     handles = [axes.plot([], [], "o", color=colours[kind], label=kind)[0] for kind in kinds]
-    axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False)
+    axes.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=4, frameon=False)
     temporary = path.with_name(f".{path.name}.part")
     figure.savefig(temporary, dpi=130, format="png")
     plt.close(figure)

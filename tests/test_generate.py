@@ -14,6 +14,7 @@ from genfuse.reference import random as reference_random
 from sampling_rule import assert_log_probs, distribution, distributions
 from tolerances import allowed, assert_as_accurate, eager_runs, errors
 from torch import Tensor
+from torch import library as registry
 
 KINDS = ["lstm", "layer norm", "gru"]
 
@@ -551,7 +552,7 @@ def test_dispatcher(kind: str) -> None:
     tail: tuple[Any, ...] = (0.1, False) if kind == "gru" else (kind == "layer norm", 1e-5, 0.1, 0.1, False)
     arguments = (prompt, 5, model.embedding, weights, model.head_weight, model.head_bias, *states)
     op = getattr(torch.ops.genfuse, name).default
-    torch.library.opcheck(op, (*arguments, torch.rand(2, 5), None, 1.0, 0, 1.0, *tail))
+    registry.opcheck(op, (*arguments, torch.rand(2, 5), None, 1.0, 0, 1.0, *tail))
     with pytest.raises(RuntimeError, match="outside the vocabulary"):
         op(prompt + 100, *arguments[1:], torch.rand(2, 5), None, 1.0, 0, 1.0, *tail)
     with pytest.raises(RuntimeError, match="u or rng must be given"):

@@ -21,6 +21,7 @@ from genfuse.reference import random as reference_random
 from recurrent_cases import CASES, Problem, check, make
 from tolerances import assert_as_accurate, eager_runs
 from torch import Tensor
+from torch import library as registry
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
@@ -559,15 +560,15 @@ def test_opcheck(op: str, options: str) -> None:
         pytest.skip("no CPU kernel")
     problem = make(op, options, sizes=(3, 2, 4, 5))
     arguments = operator_arguments(problem, layer)
-    torch.library.opcheck(layer.op, (*arguments, False))
+    registry.opcheck(layer.op, (*arguments, False))
     outputs = layer.op(*arguments, True)
     backward = (*problem.cotangents, *arguments[: layer.tensors], outputs[0], *outputs[1 + layer.states :])
     for tensor in problem.inputs.values():
         tensor.requires_grad_()
-    torch.library.opcheck(layer.op, (*arguments, True))
+    registry.opcheck(layer.op, (*arguments, True))
     options_ = arguments[layer.tensors :]
     for needs in ((True, True), (False, True), (True, False)):
-        torch.library.opcheck(
+        registry.opcheck(
             layer.op_backward, (*backward, *options_, *needs), test_utils=("test_schema", "test_faketensor")
         )
 

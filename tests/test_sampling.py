@@ -18,6 +18,7 @@ from genfuse import _C, ops
 from genfuse.reference import sampling as reference
 from scipy import stats
 from torch import Tensor
+from torch import library as registry
 
 NOISES = ("uniform", "normal", "gumbel", "logistic")
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -279,7 +280,7 @@ def test_default_dtype_and_device() -> None:
 def test_opcheck(noise: str) -> None:
     out = torch.empty(3, 5, dtype=torch.int64 if noise == "bits" else torch.float32)
     index = ("bits", *NOISES).index(noise)
-    torch.library.opcheck(torch.ops.genfuse.philox_.default, (out, torch.tensor([1, 2]), index))
+    registry.opcheck(torch.ops.genfuse.philox_.default, (out, torch.tensor([1, 2]), index))
 
 
 def test_compile_without_a_graph_break_or_a_recompile_for_each_size() -> None:

@@ -22,6 +22,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch import library as registry
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
@@ -1678,13 +1679,13 @@ def _has_cpu_kernel(name: str) -> bool:
 
 
 _cpu_kernels: set[str] = set()
-_library: torch.library.Library | None = None  # its registrations live as long as it does
+_library: registry.Library | None = None  # its registrations live as long as it does
 
 
 def _register() -> None:
     """Find the operators that the native library has defined, and register every rule for them."""
     global _library
-    library: Any = torch.library.Library("genfuse", "FRAGMENT")  # type: ignore[no-untyped-call]
+    library: Any = registry.Library("genfuse", "FRAGMENT")  # type: ignore[no-untyped-call]
     _library = library
     for layer, fake in ((_LSTM, _fake_lstm), (_GRU, _fake_gru)):
         name, backward = f"genfuse::{layer.name}", f"genfuse::{layer.name}_backward"
@@ -1693,26 +1694,26 @@ def _register() -> None:
         layer.on_cpu = _has_cpu_kernel(layer.name) and _has_cpu_kernel(f"{layer.name}_backward")
         if layer.on_cpu:
             _cpu_kernels.add(layer.name)
-        torch.library.register_fake(name, fake, lib=library)
-        torch.library.register_fake(backward, _fake_backward_of(layer), lib=library)
-        torch.library.register_autograd(
+        registry.register_fake(name, fake, lib=library)
+        registry.register_fake(backward, _fake_backward_of(layer), lib=library)
+        registry.register_autograd(
             name,
             lambda ctx, *grads: (*_backward(ctx, grads), None),
             setup_context=_setup_context(layer),
             lib=library,
         )
-        torch.library.register_autograd(backward, _second, setup_context=_setup_second(layer), lib=library)
+        registry.register_autograd(backward, _second, setup_context=_setup_second(layer), lib=library)
         for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
             library.impl(layer.name, _autocast_rule(layer, device_type, getattr(torch._C.DispatchKey, key)), key)
-        torch.library.register_vmap(name, _vmap_rule(layer), lib=library)
-        torch.library.register_vmap(backward, _vmap_loop(layer.op_backward), lib=library)
+        registry.register_vmap(name, _vmap_rule(layer), lib=library)
+        registry.register_vmap(backward, _vmap_loop(layer.op_backward), lib=library)
         library.impl(layer.name, _cuda_kernel(layer, layer.name, 0), "CUDA")
         library.impl(f"{layer.name}_backward", _cuda_kernel(layer, f"{layer.name}_backward", 1 + layer.states), "CUDA")
     for name, generate in (("lstm_generate", _fake_lstm_generate), ("gru_generate", _fake_gru_generate)):
         if _has_cpu_kernel(name):
             _cpu_kernels.add(name)
-        torch.library.register_fake(f"genfuse::{name}", generate, lib=library)
-        torch.library.register_vmap(f"genfuse::{name}", _no_vmap(f"genfuse.ops.{name}"), lib=library)
+        registry.register_fake(f"genfuse::{name}", generate, lib=library)
+        registry.register_vmap(f"genfuse::{name}", _no_vmap(f"genfuse.ops.{name}"), lib=library)
 
 
 def _fake_backward_of(layer: _Layer) -> Callable[..., _Tensors]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import library as registry
 
 from genfuse import _native, backends
 from genfuse.reference import sampling as reference
@@ -293,7 +294,7 @@ def _fake_philox(out: Tensor, rng: Tensor, noise: int) -> None:
 
 
 def _register() -> None:
-    torch.library.register_fake("genfuse::philox_", _fake_philox)
+    registry.register_fake("genfuse::philox_", _fake_philox)
 
 
 def _native_objection(arguments: backends.Arguments) -> str | None:

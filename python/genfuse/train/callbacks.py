@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,16 @@ from lightning.pytorch.callbacks import Checkpoint, RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from .base_module import Plan, TrainingModule
 from .checkpoint import LAST, replacing, save_weights
 from .errors import Stopped, UserError
-from .module import LanguageModelModule, Plan
-from .plot import draw_curve
+from .measure import Measure
+from .plot import draw_curves
 
 __all__ = ["AtomicCheckpointIO", "ProgressBar", "Recorder"]
 
 LOG_EVERY = 10
 SECONDS_BETWEEN_PLOTS = 20.0
-LN2 = math.log(2.0)
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -56,7 +56,7 @@ class Recorder(Checkpoint):
         config: content of its ``config.json``.
         plan: of the run.
         save_every: steps between checkpoints.
-        tokens_per_char: to report bits per character, whatever the tokens are.
+        measures: how the losses of each of the plan's stages are shown.
         say: prints a line for the user (in the first process).
     """
 
@@ -66,17 +66,17 @@ class Recorder(Checkpoint):
         config: dict[str, Any],
         plan: Plan,
         save_every: int,
-        tokens_per_char: float,
+        measures: Sequence[Measure],
         say: Callable[[str], None],
     ) -> None:
         self.folder, self.config, self.plan, self.save_every = folder, config, plan, save_every
-        self.bits = tokens_per_char / LN2  # bits per character of one nat per token
+        self.measures = measures
         self.say = say
         self.train: list[tuple[int, float]] = []
         self.held_out: list[tuple[int, float]] = []
         self.best: tuple[int, float] | None = None
         self.seconds = 0.0
-        self.tokens_per_second = 0.0
+        self.speed = 0.0  # items a second, smoothed
         self._sum: float | torch.Tensor = 0.0
         self._count = 0
         self._clock = self._logged = self._plotted = time.monotonic()
@@ -128,11 +128,11 @@ class Recorder(Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        assert isinstance(pl_module, LanguageModelModule)
+        assert isinstance(pl_module, TrainingModule)
         step = trainer.global_step
-        self._sum = self._sum + pl_module.nll  # type: ignore[operator]  # set by the step that has just run
+        self._sum = self._sum + pl_module.loss  # type: ignore[operator]  # set by the step that has just run
         self._count += 1
-        if step % LOG_EVERY == 0 or step == self.plan.total_steps:
+        if step % LOG_EVERY == 0 or self.plan.ends_stage(step):
             self._log(trainer, step)
         if step % self.plan.evaluate_every != 0:
             self._save_or_stop(trainer, step)
@@ -143,39 +143,33 @@ class Recorder(Checkpoint):
         self._sum, self._count = 0.0, 0
         _want_finite(nats, step)
         now = time.monotonic()
-        order = self.plan.order
-        speed = (step - self._logged_step) * order.batch_size * order.context / max(now - self._logged, 1e-9)
-        self.tokens_per_second = speed if self.tokens_per_second == 0.0 else 0.8 * self.tokens_per_second + 0.2 * speed
+        measure = self.measure(step)
+        speed = (step - self._logged_step) * measure.items_per_step / max(now - self._logged, 1e-9)
+        self.speed = speed if self.speed == 0.0 else 0.8 * self.speed + 0.2 * speed
         self._logged, self._logged_step = now, step
         self.train.append((step, nats))
         if trainer.logger is not None:
             rate = trainer.optimizers[0].param_groups[0]["lr"]
             trainer.logger.log_metrics(
                 {
-                    "train/loss": nats,
-                    "train/bits_per_char": nats * self.bits,
-                    "train/learning_rate": rate,
-                    "train/tokens_per_second": speed,
+                    **measure.logged("train", nats),
+                    measure.log_name("train/learning_rate"): rate,
+                    measure.log_name(f"train/{measure.items}_per_second"): speed,
                 },
                 step=step,
             )
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, LanguageModelModule)
+        assert isinstance(pl_module, TrainingModule)
         step, nats = trainer.global_step, pl_module.held_out
         assert nats is not None
         _want_finite(nats, step)
+        measure = self.measure(step)
         self.held_out.append((step, nats))
         if trainer.logger is not None:
-            trainer.logger.log_metrics(
-                {
-                    "held_out/loss": nats,
-                    "held_out/bits_per_char": nats * self.bits,
-                    "held_out/perplexity": math.exp(min(nats * self.bits * LN2, 700.0)),
-                },
-                step=step,
-            )
-        best = self.best is None or nats < self.best[1]
+            trainer.logger.log_metrics(measure.logged("held_out", nats), step=step)
+        stage = self.plan.stage(step - 1)
+        best = self.best is None or self.plan.stage(self.best[0] - 1) < stage or nats < self.best[1]
         if best:
             self.best = (step, nats)
             state = trainer.strategy.lightning_module_state_dict()  # every process takes part: FSDP gathers here
@@ -183,26 +177,31 @@ class Recorder(Checkpoint):
                 model = {
                     name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")
                 }
-                metadata = {"step": str(step), "held_out_bits_per_char": f"{nats * self.bits:.6f}"}
+                metadata = {"step": str(step), f"held_out_{measure.key}": f"{nats * measure.scale:.6f}"}
                 save_weights(self.folder, model, self.config, metadata)
-        recent = [value for _, value in self.train[-5:]]
+        recent = [value for then, value in self.train[-5:] if self.plan.stage(then - 1) == stage]
         self.say(
             f"step {step:>{len(str(self.plan.total_steps))}}/{self.plan.total_steps}"
-            f"  train {sum(recent) / max(len(recent), 1) * self.bits:.3f}"
-            f"  held-out {nats * self.bits:.3f} bits/char{' (best)' if best else ''}"
-            f"  {self.tokens_per_second:,.0f} tokens/s"
+            f"{'  ' if measure.stage else ''}{measure.stage}"
+            f"  train {sum(recent) / max(len(recent), 1) * measure.scale:.3f}"
+            f"  held-out {nats * measure.scale:.3f} {measure.unit}{' (best)' if best else ''}"
+            f"  {self.speed:,.0f} {measure.items}/s"
         )
         now = time.monotonic()
         if trainer.is_global_zero and now - self._plotted > SECONDS_BETWEEN_PLOTS:
             self.draw()
             self._plotted = time.monotonic()
         self._save_or_stop(trainer, step)
-        # Looking at the held-out text is no training: keep it out of the tokens per second.
+        # Looking at the held-out data is no training: keep it out of the speed.
         self._logged += time.monotonic() - now
+
+    def measure(self, step: int) -> Measure:
+        """How losses are shown after `step` steps."""
+        return self.measures[self.plan.stage(step - 1)]
 
     def draw(self) -> None:
         """Draw the loss curve so far."""
-        draw_curve(self.folder / "loss.png", self.train, self.held_out, self.bits)
+        draw_curves(self.folder / "loss.png", self.plan, self.measures, self.train, self.held_out)
 
     def _save_or_stop(self, trainer: pl.Trainer, step: int) -> None:
         stop = self._signal is not None
@@ -221,7 +220,7 @@ def _want_finite(nats: float, step: int) -> None:
 
 
 class ProgressBar(RichProgressBar):
-    """One bar for the whole run: steps, time spent and left, loss, bits per character, tokens per second."""
+    """One bar for the whole run: steps, time spent and left, loss (in its unit, too), speed."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__(refresh_rate=4, theme=RichProgressBarTheme(metrics_text_delimiter="  "))
@@ -252,8 +251,10 @@ class ProgressBar(RichProgressBar):
         recorder = self._recorder
         if not recorder.train:
             return {}
-        nats = recorder.train[-1][1]
-        metrics = {"loss": f"{nats:.3f}", "bits/char": f"{nats * recorder.bits:.3f}"}
-        if recorder.tokens_per_second:
-            metrics["tokens/s"] = f"{recorder.tokens_per_second:,.0f}"
+        step, nats = recorder.train[-1]
+        measure = recorder.measure(step)
+        metrics = {} if measure.scale == 1.0 else {"loss": f"{nats:.3f}"}
+        metrics[measure.unit] = f"{nats * measure.scale:.3f}"
+        if recorder.speed:
+            metrics[f"{measure.items}/s"] = f"{recorder.speed:,.0f}"
         return metrics

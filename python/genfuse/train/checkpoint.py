@@ -1,8 +1,8 @@
 """Files that are whole or not there: atomic writes, and the saved model (weights as safetensors, config as JSON).
 
-A saved model is two files in one folder. ``config.json`` says what the model is (class, arguments, vocabulary,
-settings) and does not change during a run; ``model.safetensors`` holds the best weights, is replaced as a whole, and
-carries the SHA-256 of the model that the config describes. A pair that does not match is refused.
+A saved model is two files in one folder. ``config.json`` says what the model is (class, arguments, settings, and a
+language model's vocabulary) and does not change during a run; ``model.safetensors`` holds the best weights, is replaced
+as a whole, and carries the SHA-256 of the model that the config describes. A pair that does not match is refused.
 """
 
 from __future__ import annotations
@@ -25,10 +25,46 @@ if TYPE_CHECKING:
 
     from .text import Vocabulary
 
-__all__ = ["CONFIG", "LAST", "WEIGHTS", "SavedModel", "load_model", "replacing", "save_weights", "write_text"]
+__all__ = [
+    "CONFIG",
+    "LAST",
+    "WEIGHTS",
+    "SavedImageModel",
+    "SavedModel",
+    "load_any",
+    "load_image_model",
+    "load_model",
+    "replacing",
+    "save_weights",
+    "write_text",
+]
 
 CONFIG, WEIGHTS, LAST = "config.json", "model.safetensors", "last.ckpt"
-FORMAT = "genfuse language model 1"
+
+
+@dataclass(frozen=True)
+class Format:
+    """One kind of saved model: its name in the files, what a sentence calls it, which part of a config is the model."""
+
+    name: str
+    noun: str
+    keys: tuple[str, ...]
+    models: tuple[str, ...]
+
+
+LANGUAGE = Format(
+    "genfuse language model 1",
+    "language model",
+    ("format", "model", "arguments", "vocabulary"),
+    ("LSTMLanguageModel",),
+)
+IMAGES = Format(
+    "genfuse image model 1",
+    "image model",
+    ("format", "model", "arguments"),
+    ("VAE", "HierarchicalVAE", "VQVAE"),
+)
+FORMATS = {known.name: known for known in (LANGUAGE, IMAGES)}
 _TEMPORARY = ".unfinished"
 
 
@@ -84,20 +120,25 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def make_config(model: str, arguments: dict[str, Any], vocabulary: Vocabulary, run: dict[str, Any]) -> dict[str, Any]:
-    """The content of ``config.json``: what the model is, and how the run was set."""
-    return {
-        "format": FORMAT,
-        "model": model,
-        "arguments": arguments,
-        "vocabulary": {"level": vocabulary.level, "characters": vocabulary.characters},
-        "run": run,
-    }
+def make_config(model: str, arguments: dict[str, Any], run: dict[str, Any], vocabulary: Any = None) -> dict[str, Any]:
+    """The content of ``config.json``: what the model is, and how the run was set.
+
+    Args:
+        model: its class's name.
+        arguments: of the class.
+        run: settings, and the data's name and fingerprint.
+        vocabulary: a language model's `Vocabulary`.
+    """
+    known = next(known for known in FORMATS.values() if model in known.models)
+    config: dict[str, Any] = {"format": known.name, "model": model, "arguments": arguments}
+    if vocabulary is not None:
+        config["vocabulary"] = {"level": vocabulary.level, "characters": vocabulary.characters}
+    return {**config, "run": run}
 
 
 def model_hash(config: dict[str, Any]) -> str:
     """SHA-256 of the part of a config that says what the model is."""
-    model = {name: config.get(name) for name in ("format", "model", "arguments", "vocabulary")}
+    model = {name: config.get(name) for name in FORMATS[config["format"]].keys}
     return hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()
 
 
@@ -113,7 +154,7 @@ def save_weights(folder: Path, state: dict[str, Tensor], config: dict[str, Any],
     for name, tensor in state.items():
         if unique.setdefault(tensor.data_ptr(), name) == name or tensor.numel() == 0:
             tensors[name] = tensor.detach().cpu().contiguous()
-    known = {"format": "pt", "genfuse": FORMAT, "model_sha256": model_hash(config)}
+    known = {"format": "pt", "genfuse": config["format"], "model_sha256": model_hash(config)}
     content = save(tensors, metadata={**known, **metadata})
     with replacing(folder / WEIGHTS) as file:
         file.write(content)
@@ -130,8 +171,22 @@ class SavedModel:
     folder: Path
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class SavedImageModel:
+    """A VAE, HierarchicalVAE or VQVAE read from disk, in eval mode, with its config and what was measured then."""
+
+    model: Any
+    config: dict[str, Any]
+    metadata: dict[str, str]
+    folder: Path
+
+
+def read_config(folder: Path, wanted: Format | None = None) -> dict[str, Any]:
     """``config.json`` of a run folder.
+
+    Args:
+        folder: the run's.
+        wanted: the kind of model it must describe; any of this library's by default.
 
     Raises:
         UserError: it is not there, is no JSON, or is not of this library.
@@ -145,13 +200,14 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"cannot read {path}: {(error.strerror or str(error)).lower()}.") from None
     except ValueError:
         raise UserError(f"{path} is not JSON: the checkpoint is damaged.") from None
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise UserError(f"{path} does not describe a genfuse language model.")
+    names = FORMATS if wanted is None else (wanted.name,)
+    if not isinstance(config, dict) or config.get("format") not in names:
+        raise UserError(f"{path} does not describe a genfuse {'model' if wanted is None else wanted.noun}.")
     return config
 
 
 def load_model(path: str | os.PathLike[str], device: str = "cpu") -> SavedModel:
-    """Load the best model of a run.
+    """Load the best language model of a run.
 
     Args:
         path: the run's folder, or the ``model.safetensors`` in it.
@@ -160,12 +216,24 @@ def load_model(path: str | os.PathLike[str], device: str = "cpu") -> SavedModel:
     Raises:
         UserError: there is no model, it is damaged, or it is another program's or another class's.
     """
+    saved = load_any(path, device)
+    if not isinstance(saved, SavedModel):
+        raise UserError(f"{path} holds a {saved.config['model']}, and this command wants an LSTMLanguageModel.")
+    return saved
+
+
+def load_image_model(path: str | os.PathLike[str], device: str = "cpu") -> SavedImageModel:
+    """Load the best VAE, hierarchical VAE or VQ-VAE of a run: arguments and errors are those of `load_model`."""
+    saved = load_any(path, device)
+    if not isinstance(saved, SavedImageModel):
+        raise UserError(f"{path} holds a {saved.config['model']}, and this command wants a model of images.")
+    return saved
+
+
+def load_any(path: str | os.PathLike[str], device: str = "cpu") -> SavedModel | SavedImageModel:
+    """Load the best model of a run, whatever kind it is: arguments and errors are those of `load_model`."""
     import torch
     from safetensors import SafetensorError, safe_open
-
-    from genfuse import models
-
-    from .text import Vocabulary
 
     path = Path(path)
     if not path.exists():
@@ -184,30 +252,60 @@ def load_model(path: str | os.PathLike[str], device: str = "cpu") -> SavedModel:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
     except (SafetensorError, OSError) as error:
         raise UserError(f"{weights} is not a whole safetensors file ({first_line(error)}).") from None
-    if metadata.get("genfuse") != FORMAT:
-        raise UserError(f"{weights} is not a genfuse language model: it was saved by another program.")
-    config = read_config(folder)
+    known = FORMATS.get(metadata.get("genfuse", ""))
+    if known is None:
+        raise UserError(f"{weights} is not a genfuse model: it was saved by another program.")
+    config = read_config(folder, known)
     if metadata.get("model_sha256") != model_hash(config):
         raise UserError(f"{weights} belongs to another {CONFIG} than the one beside it.")
-    model_class = getattr(models, str(config.get("model")), None)
-    if config.get("model") != "LSTMLanguageModel" or model_class is None:
-        raise UserError(f"{folder} holds a {config.get('model')}, and this command wants an LSTMLanguageModel.")
+    if config.get("model") not in known.models:
+        raise UserError(f"{folder} holds a {config.get('model')}, which this version of genfuse does not know.")
     try:
-        model = model_class(**config["arguments"])
-        if config["arguments"].get("tie_weights"):
-            state.setdefault("head.weight", state["embedding.weight"])
-        model.load_state_dict(state)
-        vocabulary = Vocabulary(**config["vocabulary"])
+        saved = (_language_model if known is LANGUAGE else _image_model)(state, config, metadata, folder)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            raise
         why = first_line(error)
         raise UserError(f"the weights in {folder} do not fit the model its {CONFIG} describes ({why}).") from None
-    if vocabulary.size != config["arguments"]["vocab_size"]:
-        raise UserError(f"the vocabulary in {folder / CONFIG} does not have the size of the model's.")
     try:
-        model = model.to(torch.device(device)).eval()
+        saved.model.to(torch.device(device)).eval()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"cannot use the device {device!r} ({first_line(error)}).") from None
+    return saved
+
+
+def _language_model(
+    state: dict[str, Tensor], config: dict[str, Any], metadata: dict[str, str], folder: Path
+) -> SavedModel:
+    from genfuse.models import LSTMLanguageModel
+
+    from .text import Vocabulary
+
+    model = LSTMLanguageModel(**config["arguments"])
+    if config["arguments"].get("tie_weights"):
+        state.setdefault("head.weight", state["embedding.weight"])
+    model.load_state_dict(state)
+    vocabulary = Vocabulary(**config["vocabulary"])
+    if vocabulary.size != config["arguments"]["vocab_size"]:
+        raise UserError(f"the vocabulary in {folder / CONFIG} does not have the size of the model's.")
     return SavedModel(model, vocabulary, config, metadata, folder)
+
+
+def _image_model(
+    state: dict[str, Tensor], config: dict[str, Any], metadata: dict[str, str], folder: Path
+) -> SavedImageModel:
+    implementation = config.get("run", {}).get("settings", {}).get("implementation", "genfuse")
+    model = image_model_class(config["model"], implementation)(**config["arguments"])
+    model.load_state_dict(state)
+    return SavedImageModel(model, config, metadata, folder)
+
+
+def image_model_class(name: str, implementation: str = "genfuse") -> Any:
+    """The class of this name: genfuse's own, or its twin in plain PyTorch where `implementation` is ``"torch"``."""
+    import importlib
+
+    module = "genfuse.models" if implementation == "genfuse" else "genfuse.reference.vae"
+    return getattr(importlib.import_module(module), name)
 
 
 def first_line(error: BaseException) -> str:

@@ -5,34 +5,58 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .checkpoint import replacing
+from .measure import Measure
 
-__all__ = ["draw_curve"]
+if TYPE_CHECKING:
+    from .base_module import Plan
+
+__all__ = ["draw_curves"]
+
+Curve = Sequence[tuple[int, float]]
 
 
-def draw_curve(
-    path: Path, train: Sequence[tuple[int, float]], held_out: Sequence[tuple[int, float]], bits: float
-) -> None:
-    """Write a PNG of the training and held-out loss over the steps, atomically.
+def draw_curves(path: Path, plan: Plan, measures: Sequence[Measure], train: Curve, held_out: Curve) -> None:
+    """Write a PNG of the training and held-out loss over the steps, atomically: a panel for each stage of the plan.
 
     Args:
         path: of the PNG.
-        train, held_out: (step, nats per token).
-        bits: bits per character of one nat per token.
+        plan: of the run.
+        measures: of each stage.
+        train, held_out: (step, loss).
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.0, 4.2), layout="constrained")
-    axes = figure.add_subplot()
+    figure = Figure(figsize=(1.0 + 6.0 * len(measures), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(measures), squeeze=False)[0]
+    for stage, (axes, measure) in enumerate(zip(panels, measures, strict=True)):
+        _draw(
+            axes,
+            measure,
+            [point for point in train if plan.stage(point[0] - 1) == stage],
+            [point for point in held_out if plan.stage(point[0] - 1) == stage],
+        )
+        if stage == 0:
+            axes.set_xlim(left=0)
+    content = io.BytesIO()
+    FigureCanvasAgg(figure)  # draws without a window system, whatever backend is configured
+    figure.savefig(content, format="png", dpi=120)
+    with replacing(path) as file:
+        file.write(content.getvalue())
+
+
+def _draw(axes: Any, measure: Measure, train: Curve, held_out: Curve) -> None:
     if train:
-        steps, values = [step for step, _ in train], [nats * bits for _, nats in train]
+        steps, values = [step for step, _ in train], [loss * measure.scale for _, loss in train]
         axes.plot(steps, values, color="#9ecae1", linewidth=0.8, label="training batches")
         axes.plot(steps, _smooth(values), color="#2171b5", linewidth=1.6, label="training, smoothed")
     if held_out:
-        steps, values = [step for step, _ in held_out], [nats * bits for _, nats in held_out]
-        axes.plot(steps, values, color="#d94801", marker="o", markersize=3.5, linewidth=1.4, label="held-out text")
+        steps, values = [step for step, _ in held_out], [loss * measure.scale for _, loss in held_out]
+        label = f"held-out {measure.held_out}"
+        axes.plot(steps, values, color="#d94801", marker="o", markersize=3.5, linewidth=1.4, label=label)
         best = min(range(len(values)), key=values.__getitem__)
         axes.annotate(
             f"best {values[best]:.3f}",
@@ -44,17 +68,11 @@ def draw_curve(
             arrowprops={"arrowstyle": "-", "color": "#d94801", "linewidth": 0.6},
         )
     axes.set_xlabel("step")
-    axes.set_ylabel("bits per character")
-    axes.set_xlim(left=0)
+    axes.set_ylabel(measure.axis)
     axes.grid(alpha=0.3)
     if train or held_out:
         axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    content = io.BytesIO()
-    FigureCanvasAgg(figure)  # draws without a window system, whatever backend is configured
-    figure.savefig(content, format="png", dpi=120)
-    with replacing(path) as file:
-        file.write(content.getvalue())
 
 
 def _smooth(values: Sequence[float]) -> list[float]:

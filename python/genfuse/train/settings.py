@@ -5,18 +5,119 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from .errors import UserError
 
-__all__ = ["CELLS", "LEVELS", "LanguageModelSettings", "process_rank"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = [
+    "CELLS",
+    "LEVELS",
+    "HierarchicalVAESettings",
+    "ImageSettings",
+    "LanguageModelSettings",
+    "Settings",
+    "VAESettings",
+    "VQVAESettings",
+    "process_rank",
+]
 
 CELLS = ("lstm", "layernorm_lstm", "gru")
 LEVELS = ("char", "byte")
 
+LIKELIHOODS = ("bernoulli", "gaussian", "discretized_gaussian")
+BINARIZE = ("dynamic", "none")
+ARCHITECTURES = ("mlp", "conv")
+OBJECTIVES = ("elbo", "iwae")
+IMPLEMENTATIONS = ("genfuse", "torch")
+
+
+class Settings:
+    """What the settings of every kind of run have in common: their checks, and their JSON.
+
+    Attributes:
+        data_kind: what a run learns from, for messages.
+        extendable: settings that a run may be resumed with another value of.
+        option_names: the command line's spelling, where it is not the setting's own.
+    """
+
+    held_out: float
+    batch_size: int
+    epochs: int
+    learning_rate: float
+    weight_decay: float
+    clip: float
+    seed: int
+    save_every: int
+
+    data_kind: ClassVar[str] = "text"
+    extendable: ClassVar[tuple[str, ...]] = ("epochs",)
+    option_names: ClassVar[dict[str, str]] = {}
+
+    @classmethod
+    def option(cls, name: str) -> str:
+        """The command line's spelling of a setting.
+
+        Example:
+            >>> LanguageModelSettings.option("batch_size")
+            '--batch-size'
+        """
+        return "--" + cls.option_names.get(name, name).replace("_", "-")
+
+    @classmethod
+    def parse(cls, name: str, value: Any) -> Any:
+        """A value as the command line gives it, as the setting holds it."""
+        return value
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        if getattr(self, name) not in choices:
+            raise UserError(f"{self.option(name)} must be one of {', '.join(choices)}, not {getattr(self, name)!r}.")
+
+    def _check_at_least(self, least: int, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) < least:
+                raise UserError(f"{self.option(name)} must be at least {least}, not {getattr(self, name)}.")
+
+    def _check_not_negative(self, *names: str) -> None:
+        for name in names:
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0.0):
+                raise UserError(f"{self.option(name)} must not be negative, and was {getattr(self, name)}.")
+
+    def _check_above_0(self, *names: str) -> None:
+        for name in names:
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0.0):
+                raise UserError(f"{self.option(name)} must be above 0, not {getattr(self, name)}.")
+
+    def _check_run(self) -> None:
+        if not 0.0 < self.held_out < 1.0:
+            raise UserError(
+                f"--held-out is a share of the {self.data_kind}: it must be between 0 and 1, not {self.held_out}."
+            )
+        self._check_above_0("learning_rate")
+        self._check_seed("seed")
+
+    def _check_seed(self, name: str) -> None:
+        if not 0 <= getattr(self, name) < 2**63:
+            raise UserError(f"{self.option(name)} must be in [0, 2^63), not {getattr(self, name)}.")
+
+    def to_json(self) -> dict[str, Any]:
+        record: Any = self  # every kind is a dataclass
+        return asdict(record)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """The settings that `to_json` wrote; names that this version does not know are an error."""
+        record: Any = cls
+        unknown = set(values) - {field.name for field in fields(record)}
+        if unknown:
+            raise UserError(f"the saved settings have an unknown entry: {sorted(unknown)[0]}.")
+        return cls(**values)
+
 
 @dataclass(frozen=True)
-class LanguageModelSettings:
+class LanguageModelSettings(Settings):
     """Settings of ``genfuse train lstm``; the defaults suit a few hundred kilobytes of text and two CPU cores.
 
     A window is `context` tokens; a step reads `batch_size` windows, over all processes together. The regularisers are
@@ -52,29 +153,29 @@ class LanguageModelSettings:
     seed: int = 0
     save_every: int = 100
 
+    option_names: ClassVar[dict[str, str]] = {
+        "activation_regularization": "ar",
+        "temporal_activation_regularization": "tar",
+    }
+
     def __post_init__(self) -> None:
-        if self.cell not in CELLS:
-            raise UserError(f"--cell must be one of {', '.join(CELLS)}, not {self.cell!r}.")
-        if self.level not in LEVELS:
-            raise UserError(f"--level must be one of {', '.join(LEVELS)}, not {self.level!r}.")
-        for name in ("hidden_size", "embedding_dim", "layers", "context", "batch_size", "epochs", "save_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{_option(name)} must be at least 1, not {getattr(self, name)}.")
+        self._check_choice("cell", CELLS)
+        self._check_choice("level", LEVELS)
+        self._check_at_least(
+            1, "hidden_size", "embedding_dim", "layers", "context", "batch_size", "epochs", "save_every"
+        )
         for name in (
             *("dropout", "input_dropout", "hidden_dropout", "embedding_dropout"),
             *("weight_drop", "zoneout_h", "zoneout_c"),
         ):
             if not 0.0 <= getattr(self, name) < 1.0:
-                raise UserError(f"{_option(name)} is a probability: it must be in [0, 1), not {getattr(self, name)}.")
-        for name in ("activation_regularization", "temporal_activation_regularization", "weight_decay", "clip"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0.0):
-                raise UserError(f"{_option(name)} must not be negative, and was {getattr(self, name)}.")
-        if not 0.0 < self.held_out < 1.0:
-            raise UserError(f"--held-out is a share of the text: it must be between 0 and 1, not {self.held_out}.")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0.0):
-            raise UserError(f"--learning-rate must be above 0, not {self.learning_rate}.")
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"--seed must be in [0, 2^63), not {self.seed}.")
+                raise UserError(
+                    f"{self.option(name)} is a probability: it must be in [0, 1), not {getattr(self, name)}."
+                )
+        self._check_not_negative(
+            "activation_regularization", "temporal_activation_regularization", "weight_decay", "clip"
+        )
+        self._check_run()
         if self.cell == "gru" and self.zoneout_c > 0.0:
             raise UserError("--zoneout-c needs a cell state, which a GRU does not have: use --zoneout-h.")
 
@@ -87,24 +188,152 @@ class LanguageModelSettings:
         )
         return {"vocab_size": vocab_size, "num_layers": self.layers, **{name: getattr(self, name) for name in same}}
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+
+@dataclass(frozen=True)
+class ImageSettings(Settings):
+    """Settings that ``genfuse train vae``, ``hvae`` and ``vqvae`` have in common.
+
+    Raises:
+        UserError: a value is out of its range.
+    """
+
+    data: str = "digits"
+    image_size: int | None = None
+    grey: bool = False
+    held_out: float = 0.1
+    split_seed: int = 0
+    likelihood: str | None = None
+    binarize: str | None = None
+    implementation: str = "genfuse"
+    batch_size: int = 128
+    epochs: int = 300
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    clip: float = 0.0
+    nll_samples: int = 500
+    seed: int = 0
+    save_every: int = 500
+
+    data_kind: ClassVar[str] = "images"
+    sizes: ClassVar[tuple[str, ...]] = ()  # settings that are several whole numbers
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> LanguageModelSettings:
-        """The settings that `to_json` wrote; names that this version does not know are an error."""
-        unknown = set(values) - {field.name for field in fields(cls)}
-        if unknown:
-            raise UserError(f"the saved settings have an unknown entry: {sorted(unknown)[0]}.")
-        return cls(**values)
+    def parse(cls, name: str, value: Any) -> Any:
+        if name not in cls.sizes:
+            return value
+        parts = value.replace(",", " ").split() if isinstance(value, str) else value
+        try:
+            return tuple(int(part) for part in parts)
+        except (TypeError, ValueError):
+            option = cls.option(name)
+            raise UserError(f"{option} is whole numbers separated by commas, as in 400,200; not {value!r}.") from None
+
+    def __post_init__(self) -> None:
+        for name in self.sizes:
+            value = self.parse(name, getattr(self, name))
+            object.__setattr__(self, name, value)
+            if not value or min(value) < 1:
+                raise UserError(f"{self.option(name)} must be whole numbers of at least 1.")
+        if self.likelihood is not None:
+            self._check_choice("likelihood", LIKELIHOODS)
+        if self.binarize is not None:
+            self._check_choice("binarize", BINARIZE)
+            if self.binarize == "dynamic" and self.likelihood not in (None, "bernoulli"):
+                raise UserError(
+                    f"--binarize dynamic makes black and white images: --likelihood {self.likelihood} is for grey ones."
+                )
+        self._check_choice("implementation", IMPLEMENTATIONS)
+        if self.image_size is not None:
+            self._check_at_least(1, "image_size")
+        self._check_at_least(1, "batch_size", "epochs", "nll_samples", "save_every")
+        self._check_not_negative("weight_decay", "clip")
+        self._check_run()
+        self._check_seed("split_seed")
+
+    def model_arguments(self, input_shape: tuple[int, int, int], likelihood: str) -> dict[str, Any]:
+        """Keyword arguments of the model's class."""
+        raise NotImplementedError
+
+    def _arguments(self, input_shape: tuple[int, int, int], likelihood: str, *same: str) -> dict[str, Any]:
+        values = {name: getattr(self, name) for name in same}
+        lists = {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
+        return {"input_shape": list(input_shape), "likelihood": likelihood, **values, **lists}
 
 
-def _option(name: str) -> str:
-    """The command line's spelling of a setting."""
-    return "--" + OPTION_NAMES.get(name, name).replace("_", "-")
+@dataclass(frozen=True)
+class VAESettings(ImageSettings):
+    """Settings of ``genfuse train vae``; the defaults suit scikit-learn's digits and two CPU cores."""
+
+    latent_dim: int = 20
+    hidden_dims: tuple[int, ...] = (400,)
+    architecture: str = "mlp"
+    objective: str = "elbo"
+    num_samples: int = 1
+    beta: float = 1.0
+    free_bits: float = 0.0
+
+    option_names: ClassVar[dict[str, str]] = {"num_samples": "samples"}
+    sizes: ClassVar[tuple[str, ...]] = ("hidden_dims",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_choice("architecture", ARCHITECTURES)
+        self._check_choice("objective", OBJECTIVES)
+        self._check_at_least(1, "latent_dim", "num_samples")
+        self._check_not_negative("beta", "free_bits")
+
+    def model_arguments(self, input_shape: tuple[int, int, int], likelihood: str) -> dict[str, Any]:
+        same = ("latent_dim", "hidden_dims", "architecture", "objective", "num_samples", "beta", "free_bits")
+        return self._arguments(input_shape, likelihood, *same)
 
 
-OPTION_NAMES = {"activation_regularization": "ar", "temporal_activation_regularization": "tar"}
+@dataclass(frozen=True)
+class HierarchicalVAESettings(ImageSettings):
+    """Settings of ``genfuse train hvae``."""
+
+    latent_dims: tuple[int, ...] = (32, 16, 8)
+    hidden_dim: int = 256
+    beta: float = 1.0
+    free_bits: float = 0.0
+
+    sizes: ClassVar[tuple[str, ...]] = ("latent_dims",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_at_least(1, "hidden_dim")
+        self._check_not_negative("beta", "free_bits")
+
+    def model_arguments(self, input_shape: tuple[int, int, int], likelihood: str) -> dict[str, Any]:
+        return self._arguments(input_shape, likelihood, "latent_dims", "hidden_dim", "beta", "free_bits")
+
+
+@dataclass(frozen=True)
+class VQVAESettings(ImageSettings):
+    """Settings of ``genfuse train vqvae``: `epochs` are the autoencoder's, and `prior_epochs` come after them."""
+
+    epochs: int = 100
+    prior_epochs: int = 100
+    prior_learning_rate: float = 3e-3
+    num_embeddings: int = 128
+    embedding_dim: int = 32
+    hidden_dim: int = 64
+    commitment_weight: float = 0.25
+    decay: float = 0.99
+    prior_hidden_size: int = 256
+
+    extendable: ClassVar[tuple[str, ...]] = ("epochs", "prior_epochs")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_at_least(1, "prior_epochs", "num_embeddings", "embedding_dim", "hidden_dim", "prior_hidden_size")
+        self._check_above_0("prior_learning_rate")
+        self._check_not_negative("commitment_weight")
+        if not 0.0 <= self.decay < 1.0:
+            raise UserError(f"--decay must be in [0, 1), not {self.decay}.")
+
+    def model_arguments(self, input_shape: tuple[int, int, int], likelihood: str) -> dict[str, Any]:
+        same = ("num_embeddings", "embedding_dim", "hidden_dim", "commitment_weight", "decay", "prior_hidden_size")
+        return self._arguments(input_shape, likelihood, *same)
 
 
 def process_rank() -> int:

@@ -1,8 +1,6 @@
 """Text as training data: reading it, splitting it, numbering its characters or bytes, and cutting it into windows.
 
-The order in which windows are read is a pure function of the seed and the global step (`WindowOrder`): with no state to
-save, a run that was killed and resumed reads exactly what an uninterrupted one reads, whatever the number of processes
-among which a batch is divided.
+The order in which windows are read is a pure function of the seed and the global step (`WindowOrder`).
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import UserError
+from .order import BatchOrder
 
 __all__ = ["DEFAULT_DATA", "TextData", "Vocabulary", "WindowOrder", "load_text"]
 
@@ -229,19 +228,17 @@ class TextData:
             )
 
 
-class WindowOrder:
+class WindowOrder(BatchOrder):
     """Which windows of the text make up the batch of each global step: a pure function of (seed, step).
 
-    Every epoch shifts the grid of windows by a random amount and reads each window once, in a random order, from
-    NumPy's counter-based Philox keyed by (seed, epoch).
+    Every epoch shifts the grid of windows by a random amount and reads each window once, in a random order.
 
     Args:
         length: tokens in the text, at least ``context + 1``.
         context: tokens in a window; a window is followed by one more token, the last target.
         batch_size: windows a step.
         seed: 64-bit.
-        evaluations: the steps of an epoch are a multiple of this (or fewer than it), so that an epoch divides into
-            that many equal parts.
+        evaluations: as in `BatchOrder`.
 
     Example:
         >>> order = WindowOrder(length=100, context=9, batch_size=5, seed=0)
@@ -250,23 +247,15 @@ class WindowOrder:
     """
 
     def __init__(self, length: int, context: int, batch_size: int, seed: int, evaluations: int = 1) -> None:
-        self.context, self.batch_size, self.seed = context, batch_size, seed
-        self.windows = max(1, length // context - 1)
+        super().__init__(max(1, length // context - 1), batch_size, seed, evaluations)
+        self.context, self.windows = context, self.items
         self._shifts = min(context, length - self.windows * context)
-        steps = max(1, self.windows // batch_size)
-        self.steps_per_epoch = max(1, steps // evaluations) * evaluations if steps >= evaluations else steps
-        self._epoch = -1
-        self._order: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
         self._shift = 0
 
     def starts(self, step: int) -> NDArray[np.int64]:
         """First tokens of the windows of global step `step`: ``[batch_size]``."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            random = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
-            self._shift = int(random.integers(self._shifts))
-            self._order = random.permutation(self.windows)
-            self._epoch = epoch
-        rows = within * self.batch_size + np.arange(self.batch_size)
-        # A text with fewer windows than a batch has rows gives some of them twice.
-        return self._shift + self.context * self._order[rows % self.windows]
+        rows = self.rows(step)  # an epoch's first step draws the shift as well
+        return self._shift + self.context * rows
+
+    def _begin_epoch(self, random: np.random.Generator) -> None:
+        self._shift = int(random.integers(self._shifts))

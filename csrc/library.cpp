@@ -43,4 +43,45 @@ STABLE_TORCH_LIBRARY(genfuse, m) {
       "float zoneout_h, bool bf16_weights) -> (Tensor tokens, Tensor log_probs, Tensor h_n)");
   // sampling: random numbers by address
   m.def("philox_(Tensor(a!) out, Tensor rng, int noise) -> ()");
+  // Below, bit i of `needs` asks for the gradient of tensor i; one not asked for is empty.
+  m.def(
+      "gaussian(Tensor mean, Tensor scale, Tensor? prior_mean, Tensor? prior_scale, Tensor? eps, Tensor? rng, "
+      "int batch_dims, bool log_std, float free_bits, float low, float high, bool sample, bool divergence) -> "
+      "(Tensor z, Tensor kl)");
+  m.def(
+      "gaussian_backward(Tensor? grad_z, Tensor? grad_kl, Tensor mean, Tensor scale, Tensor? prior_mean, "
+      "Tensor? prior_scale, Tensor? eps, Tensor? rng, int batch_dims, bool log_std, float free_bits, float low, "
+      "float high, bool sample, bool divergence, int needs) -> (Tensor grad_mean, Tensor grad_scale, "
+      "Tensor grad_prior_mean, Tensor grad_prior_scale, Tensor grad_eps)");
+  m.def("gumbel_softmax(Tensor logits, Tensor? noise, Tensor? rng, float tau, bool hard) -> Tensor");
+  m.def(
+      "gumbel_softmax_backward(Tensor? grad_y, Tensor logits, Tensor? noise, Tensor? rng, Tensor y, float tau, "
+      "bool hard, int needs) -> (Tensor grad_logits, Tensor grad_noise)");
+  m.def("relaxed_bernoulli(Tensor logits, Tensor? noise, Tensor? rng, float tau, bool hard) -> Tensor");
+  m.def(
+      "relaxed_bernoulli_backward(Tensor? grad_y, Tensor logits, Tensor? noise, Tensor? rng, Tensor y, float tau, "
+      "bool hard, int needs) -> (Tensor grad_logits, Tensor grad_noise)");
+  m.def("categorical_sample(Tensor logits, Tensor? u, Tensor? rng, int num_samples) -> Tensor");
+  m.def(
+      "vector_quantize(Tensor x, Tensor codebook, float commitment_weight, float codebook_weight) -> "
+      "(Tensor quantized, Tensor indices, Tensor loss)");
+  m.def(
+      "vector_quantize_backward(Tensor? grad_quantized, Tensor? grad_loss, Tensor x, Tensor codebook, Tensor indices, "
+      "float commitment_weight, float codebook_weight, int needs) -> (Tensor grad_x, Tensor grad_codebook)");
+  m.def("vector_quantize_statistics(Tensor x, Tensor indices, int num_codes) -> (Tensor counts, Tensor sums)");
+  // likelihood
+  m.def("bernoulli_nll(Tensor logits, Tensor target, int batch_dims) -> Tensor");
+  m.def(
+      "bernoulli_nll_backward(Tensor? grad, Tensor logits, Tensor target, int batch_dims, int needs) -> "
+      "(Tensor grad_logits, Tensor grad_target)");
+  m.def("gaussian_nll(Tensor x, Tensor mean, Tensor scale, int batch_dims, bool log_std) -> Tensor");
+  m.def(
+      "gaussian_nll_backward(Tensor? grad, Tensor x, Tensor mean, Tensor scale, int batch_dims, bool log_std, "
+      "int needs) -> (Tensor grad_x, Tensor grad_mean, Tensor grad_scale)");
+  m.def(
+      "discretized_gaussian_nll(Tensor x, Tensor mean, Tensor scale, int batch_dims, bool log_std, int levels) -> "
+      "Tensor");
+  m.def(
+      "discretized_gaussian_nll_backward(Tensor? grad, Tensor x, Tensor mean, Tensor scale, int batch_dims, "
+      "bool log_std, int levels, int needs) -> (Tensor grad_x, Tensor grad_mean, Tensor grad_scale)");
 }

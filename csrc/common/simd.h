@@ -182,16 +182,16 @@ struct ExpConstants<double> {
   static constexpr int mantissa_bits = 52, bias = 1023;
 };
 
-// expm1(r) for |r| <= ln(2)/2: Taylor's series, truncated below half an ulp.
-GENFUSE_HD Vec<float> expm1_polynomial(Vec<float> r) {
+// expm1(r) - r for |r| <= ln(2)/2: Taylor's series, truncated below half an ulp of expm1.
+GENFUSE_HD Vec<float> exp_tail(Vec<float> r) {
   Vec<float> p = r * (1.0f / 5040) + (1.0f / 720);
   p = p * r + (1.0f / 120);
   p = p * r + (1.0f / 24);
   p = p * r + (1.0f / 6);
   p = p * r + 0.5f;
-  return r * r * p + r;
+  return r * r * p;
 }
-GENFUSE_HD Vec<double> expm1_polynomial(Vec<double> r) {
+GENFUSE_HD Vec<double> exp_tail(Vec<double> r) {
   Vec<double> p = r * (1.0 / 6227020800.0) + (1.0 / 479001600.0);
   p = p * r + (1.0 / 39916800.0);
   p = p * r + (1.0 / 3628800.0);
@@ -203,7 +203,7 @@ GENFUSE_HD Vec<double> expm1_polynomial(Vec<double> r) {
   p = p * r + (1.0 / 24.0);
   p = p * r + (1.0 / 6.0);
   p = p * r + 0.5;
-  return r * r * p + r;
+  return r * r * p;
 }
 
 // x = n ln 2 + r; returns expm1(r) and 2^n. Adding `magic` rounds to the nearest integer and leaves it in the low bits.
@@ -217,7 +217,7 @@ GENFUSE_HD Vec<T> exp_reduced(Vec<T> x, Vec<T>& scale) {
   const Vec<T> magic = broadcast(C::magic);
   const I exponent = reinterpret_cast<I>(shifted) - reinterpret_cast<I>(magic) + C::bias;
   scale = reinterpret_cast<Vec<T>>(exponent << C::mantissa_bits);
-  return expm1_polynomial(r);
+  return exp_tail(r) + r;
 }
 
 template <class T>

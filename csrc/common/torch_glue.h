@@ -20,6 +20,7 @@
 
 #include "common/kernel.h"
 #include "common/parallel.h"
+#include "common/periodic.h"
 
 namespace genfuse {
 
@@ -109,6 +110,109 @@ template <class T>
 const T* read(const OptionalTensor& t) {
   return t.has_value() ? read<T>(*t) : nullptr;
 }
+
+// After how many elements an expanded tensor repeats itself, if it is dense but for a broadcast over its first
+// dimensions; 0 if it is not.
+inline int64_t period_of(const Tensor& t) {
+  int64_t period = 1;
+  bool repeats = false;
+  for (int64_t i = t.dim() - 1; i >= 0; --i) {
+    const int64_t size = t.size(i), stride = t.stride(i);
+    if (size == 1) continue;
+    if (stride == 0 && size > 1) {
+      repeats = true;
+    } else if (repeats || stride != period) {
+      return 0;
+    } else {
+      period *= size;
+    }
+  }
+  return period;
+}
+
+// An operand of an elementwise kernel: of x's shape (a broadcast is an expanded tensor) and dtype. It is copied only
+// where the kernel could not read it. The caller keeps `held` alive while the kernel runs.
+template <class T>
+struct Operand {
+  Tensor held;
+  Periodic<T> read;
+
+  Operand(const char* name, const Tensor& t, const Tensor& x, ScalarType compute) : held(t) {
+    bool same = t.dim() == x.dim();
+    for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == x.size(i);
+    STD_TORCH_CHECK(same, name, " must have the shape ", shape_of(x), " of the first argument, got ", shape_of(t));
+    STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, " must have the dtype of the first argument");
+    STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU like the first argument");
+    if (t.scalar_type() != compute) held = torch::stable::to(held, compute);
+    int64_t period = period_of(held);
+    if (period == 0) {
+      held = torch::stable::contiguous(held);
+      period = held.numel();
+    }
+    read = {genfuse::read<T>(held), period > 0 ? period : 1};
+  }
+};
+template <class T>
+struct OptionalOperand {
+  std::optional<Operand<T>> operand;
+  Periodic<T> read;
+
+  OptionalOperand(const char* name, const OptionalTensor& t, const Tensor& x, ScalarType compute) {
+    if (t.has_value()) read = operand.emplace(name, *t, x, compute).read;
+  }
+};
+
+// A dense tensor of x's shape, converted to what the kernel computes in.
+inline Tensor dense(const char* name, const Tensor& t, ScalarType compute) {
+  STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU");
+  const Tensor converted = to_type(t, compute);
+  return converted.is_contiguous() ? converted : torch::stable::contiguous(converted);
+}
+inline OptionalTensor dense(const char* name, const OptionalTensor& t, ScalarType compute) {
+  return t.has_value() ? OptionalTensor(dense(name, *t, compute)) : std::nullopt;
+}
+
+inline Tensor empty_like(const Tensor& x, ScalarType dtype) {
+  const Tensor t = torch::stable::empty(x.sizes(), dtype);
+  prefer_huge_pages(t);
+  return t;
+}
+
+// The rows of a tensor, whose first `batch_dims` dimensions are the batch.
+struct Rows {
+  std::vector<int64_t> sizes;
+  int64_t count = 1, row = 1;  // rows, and elements of each
+
+  Rows(const char* name, const Tensor& t, int64_t batch_dims) {
+    STD_TORCH_CHECK(batch_dims >= 0 && batch_dims <= t.dim(), "batch_dims must be between 0 and the ", t.dim(),
+                    " dimensions of ", name, ", got ", batch_dims);
+    for (int64_t i = 0; i < t.dim(); ++i) (i < batch_dims ? count : row) *= t.size(i);
+    for (int64_t i = 0; i < batch_dims; ++i) sizes.push_back(t.size(i));
+  }
+  Tensor new_sums(ScalarType dtype) const { return torch::stable::empty({sizes.data(), sizes.size()}, dtype); }
+};
+
+struct RandomPair {
+  uint64_t seed = 0, offset = 0;
+};
+inline RandomPair random_pair(const OptionalTensor& rng) {
+  if (!rng.has_value()) return {};
+  check_shape("rng", *rng, {2});
+  STD_TORCH_CHECK(rng->is_cpu() && rng->scalar_type() == ScalarType::Long && rng->is_contiguous(),
+                  "rng must be a contiguous int64 tensor (seed, offset) on the CPU");
+  const auto* pair = read<int64_t>(*rng);
+  return {static_cast<uint64_t>(pair[0]), static_cast<uint64_t>(pair[1])};
+}
+
+inline Tensor nothing(ScalarType dtype) { return torch::stable::empty({int64_t{0}}, dtype); }
+
+// Calls f with a value of the type that is computed in.
+template <class F>
+auto with_compute_type(const char* name, const Tensor& x, F&& f) {
+  return compute_type(name, x) == ScalarType::Double ? f(double{}) : f(float{});
+}
+template <class T>
+inline constexpr ScalarType kScalar = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
 
 // torch's own intra-op pool.
 inline Executor torch_executor() {

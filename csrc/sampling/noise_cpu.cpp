@@ -11,67 +11,15 @@ namespace genfuse {
 GENFUSE_NAMESPACE {
 namespace {
 
-constexpr int kGroups = 4;  // at once: one group's chain of multiplications leaves most ports empty
-constexpr int64_t kDrawn = kGroups * kPhiloxGroup;
-
-// out[kPhiloxGroup] = a group's elements.
-template <Noise noise>
-GENFUSE_HD void put_group(const NoiseFill<float>& p, const PhiloxVector& bits, float* out) {
-  constexpr int L = kLanes<float>;
-  const auto as_words = [](VecWide w) { return reinterpret_cast<VecWord>(w); };
-  VecFloat value[2];
-  if constexpr (noise == Noise::normal) {
-    constexpr auto all = std::make_index_sequence<L>{};
-    VecFloat even, odd;
-    normal_pair(as_words(join_words(bits.word[0], bits.word[2])), as_words(join_words(bits.word[1], bits.word[3])),
-                even, odd);
-    value[0] = interleave_low(even, odd, all);
-    value[1] = interleave_high(even, odd, all);
-  } else {
-    VecWord words[2];
-    philox_in_order(bits, words);
-    for (int v = 0; v < 2; ++v) {
-      if constexpr (noise == Noise::uniform) {
-        const VecWord top = words[v] >> static_cast<uint32_t>(32 - p.uniform_bits);
-        value[v] = to_float(reinterpret_cast<VecInt32>(top)) * (1.0f / static_cast<float>(1 << p.uniform_bits));
-      } else {
-        value[v] = noise == Noise::gumbel ? gumbel(words[v]) : logistic(words[v]);
-      }
-    }
-  }
-  for (int v = 0; v < 2; ++v) store(out + v * L, value[v]);
-}
-
-// float64 and raw bits, an element at a time.
-template <Noise noise, class T>
-inline void put_group(const NoiseFill<T>& p, const PhiloxVector& bits, T* out) {
-  VecWord words[2];
-  philox_in_order(bits, words);
-  uint32_t word[kPhiloxGroup];
-  std::memcpy(word, words, sizeof(word));
-  for (int i = 0; i < kPhiloxGroup; ++i) {
-    if constexpr (noise == Noise::bits) {
-      out[i] = word[i];
-    } else if constexpr (noise == Noise::uniform) {
-      out[i] = static_cast<T>(word[i] >> (32 - p.uniform_bits)) / static_cast<T>(1 << p.uniform_bits);
-    } else if constexpr (noise == Noise::normal) {
-      if (i % 2 == 0) normal_pair(word[i], word[i + 1], out[i], out[i + 1]);
-    } else {
-      out[i] = noise == Noise::gumbel ? gumbel(word[i]) : logistic(word[i]);
-    }
-  }
-}
-
-// Elements [begin, end) of the stream; begin is a multiple of kDrawn.
+// Elements [begin, end) of the stream; begin is a multiple of kNoiseDrawn.
 template <Noise noise, class T>
 void draw(const NoiseFill<T>& p, int64_t begin, int64_t end) {
-  for (int64_t at = begin; at < end; at += kDrawn) {
-    PhiloxVector bits[kGroups];
-    philox_vectors(p.seed, p.offset, static_cast<uint64_t>(at) / 4, bits);
-    alignas(64) T rest[kDrawn];
-    T* to = at + kDrawn <= end ? p.out + at : rest;
-    for (int n = 0; n < kGroups; ++n) put_group<noise>(p, bits[n], to + n * kPhiloxGroup);
-    if (to == rest) std::memcpy(p.out + at, rest, static_cast<size_t>(end - at) * sizeof(T));
+  const int64_t whole = (end - begin) / kNoiseDrawn * kNoiseDrawn;
+  draw_noise<noise>(p.seed, p.offset, begin, whole, p.out + begin, p.uniform_bits);
+  if (begin + whole < end) {
+    alignas(64) T rest[kNoiseDrawn];
+    draw_noise<noise>(p.seed, p.offset, begin + whole, kNoiseDrawn, rest, p.uniform_bits);
+    std::memcpy(p.out + begin + whole, rest, static_cast<size_t>(end - begin - whole) * sizeof(T));
   }
 }
 
@@ -107,9 +55,9 @@ KernelOf<NoiseFill<T>> noise_kernel() {
             const int64_t threads = maximum(1, minimum(executor.threads, p.count / kThreadElements));
             const auto body = [](void* context, int64_t begin, int64_t end) {
               const auto& [fill, parts] = *static_cast<std::pair<const NoiseFill<T>&, int64_t>*>(context);
-              const int64_t groups = ceil_div(fill.count, kDrawn);
-              draw_any(fill, split(groups, parts, begin).begin * kDrawn,
-                       minimum(fill.count, split(groups, parts, end - 1).end * kDrawn));
+              const int64_t groups = ceil_div(fill.count, kNoiseDrawn);
+              draw_any(fill, split(groups, parts, begin).begin * kNoiseDrawn,
+                       minimum(fill.count, split(groups, parts, end - 1).end * kNoiseDrawn));
             };
             std::pair<const NoiseFill<T>&, int64_t> context{p, threads};
             if (threads == 1 || executor.run == nullptr) {

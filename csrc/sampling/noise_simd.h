@@ -1,61 +1,15 @@
 // The formulas of noise_math.h for vectors of float32. A normal is off by 3.3 ulp at most, measured against float64.
 #pragma once
 
+#include <cstring>
+
+#include "common/math_simd.h"
 #include "common/philox_simd.h"
+#include "sampling/noise.h"
 #include "sampling/noise_math.h"
 
 namespace genfuse {
 GENFUSE_NAMESPACE {
-
-using VecFloat = Vec<float>;
-using VecInt32 = VecInt<float>;
-
-GENFUSE_HD VecFloat as_float(VecInt32 v) { return reinterpret_cast<VecFloat>(v); }
-GENFUSE_HD VecInt32 as_int(VecFloat v) { return reinterpret_cast<VecInt32>(v); }
-GENFUSE_HD VecFloat to_float(VecInt32 v) { return __builtin_convertvector(v, VecFloat); }
-
-GENFUSE_HD VecFloat square_root(VecFloat x) {
-#if defined(__AVX512F__)
-  return reinterpret_cast<VecFloat>(_mm512_maskz_sqrt_ps(0xffff, reinterpret_cast<__m512>(x)));
-#elif defined(__AVX2__)
-  return reinterpret_cast<VecFloat>(_mm256_sqrt_ps(reinterpret_cast<__m256>(x)));
-#elif defined(__SSE2__)
-  return reinterpret_cast<VecFloat>(_mm_sqrt_ps(reinterpret_cast<__m128>(x)));
-#elif defined(__aarch64__)
-  return reinterpret_cast<VecFloat>(vsqrtq_f32(reinterpret_cast<float32x4_t>(x)));
-#else
-  VecFloat r;
-  for (int i = 0; i < kLanes<float>; ++i) r[i] = __builtin_sqrtf(x[i]);
-  return r;
-#endif
-}
-
-// exponent ln 2 + ln(1 + f), -1/4 <= f <= 1/2; the polynomial is the minimax one of (ln(1 + f) - f + f^2 / 2) / f^3.
-GENFUSE_HD VecFloat log_reduced(VecFloat exponent, VecFloat f) {
-  VecFloat p = f * -0.04507668688893318f + 0.10463249683380127f;
-  p = p * f - 0.1316125988960266f;
-  p = p * f + 0.14478380978107452f;
-  p = p * f - 0.16647304594516754f;
-  p = p * f + 0.19990861415863037f;
-  p = p * f - 0.2500009536743164f;
-  p = p * f + 0.3333345055580139f;
-  const VecFloat square = f * f;
-  const VecFloat rest = exponent * 1.42860677e-6f + (square * f * p - 0.5f * square);
-  return exponent * 0.693145751953125f + (f + rest);
-}
-
-// x = 2^e m, 3/4 <= m < 3/2: e, and m - 1 in `f`. For positive normal x.
-GENFUSE_HD VecInt32 log_reduce(VecFloat x, VecFloat& f) {
-  const VecInt32 exponent = (as_int(x) - 0x3f400000) >> 23;
-  f = as_float(as_int(x) - (exponent << 23)) - 1.0f;
-  return exponent;
-}
-
-GENFUSE_HD VecFloat log_positive(VecFloat x) {
-  VecFloat f;
-  const VecInt32 exponent = log_reduce(x, f);
-  return log_reduced(to_float(exponent), f);
-}
 
 // ln((w + 1/2) / 2^32), exact to the last places at both ends: in the upper half, from the distance to 1.
 GENFUSE_HD VecFloat log_of_word(VecWord w) {
@@ -91,6 +45,68 @@ GENFUSE_HD void normal_pair(VecWord radius, VecWord angle, VecFloat& even, VecFl
 }
 GENFUSE_HD VecFloat gumbel(VecWord w) { return -log_positive(-log_of_word(w)); }
 GENFUSE_HD VecFloat logistic(VecWord w) { return log_of_word(w) - log_of_word(~w); }
+
+// out[kPhiloxGroup] = a group's elements. A uniform has as many bits as the result's dtype holds exactly.
+template <Noise noise>
+GENFUSE_HD void noise_of_group(const PhiloxVector& bits, int uniform_bits, float* out) {
+  constexpr int L = kLanes<float>;
+  const auto as_words = [](VecWide w) { return reinterpret_cast<VecWord>(w); };
+  VecFloat value[2];
+  if constexpr (noise == Noise::normal) {
+    constexpr auto all = std::make_index_sequence<L>{};
+    VecFloat even, odd;
+    normal_pair(as_words(join_words(bits.word[0], bits.word[2])), as_words(join_words(bits.word[1], bits.word[3])),
+                even, odd);
+    value[0] = interleave_low(even, odd, all);
+    value[1] = interleave_high(even, odd, all);
+  } else {
+    VecWord words[2];
+    philox_in_order(bits, words);
+    for (int v = 0; v < 2; ++v) {
+      if constexpr (noise == Noise::uniform) {
+        const VecWord top = words[v] >> static_cast<uint32_t>(32 - uniform_bits);
+        value[v] = to_float(reinterpret_cast<VecInt32>(top)) * (1.0f / static_cast<float>(1 << uniform_bits));
+      } else {
+        value[v] = noise == Noise::gumbel ? gumbel(words[v]) : logistic(words[v]);
+      }
+    }
+  }
+  for (int v = 0; v < 2; ++v) store(out + v * L, value[v]);
+}
+
+// float64 and raw bits, an element at a time.
+template <Noise noise, class T>
+inline void noise_of_group(const PhiloxVector& bits, int uniform_bits, T* out) {
+  VecWord words[2];
+  philox_in_order(bits, words);
+  uint32_t word[kPhiloxGroup];
+  std::memcpy(word, words, sizeof(word));
+  for (int i = 0; i < kPhiloxGroup; ++i) {
+    if constexpr (noise == Noise::bits) {
+      out[i] = word[i];
+    } else if constexpr (noise == Noise::uniform) {
+      out[i] = static_cast<T>(word[i] >> (32 - uniform_bits)) / static_cast<T>(1 << uniform_bits);
+    } else if constexpr (noise == Noise::normal) {
+      if (i % 2 == 0) normal_pair(word[i], word[i + 1], out[i], out[i + 1]);
+    } else {
+      out[i] = noise == Noise::gumbel ? gumbel(word[i]) : logistic(word[i]);
+    }
+  }
+}
+
+inline constexpr int kNoiseGroups = 4;  // at once: one group's chain of multiplications leaves most ports empty
+inline constexpr int64_t kNoiseDrawn = kNoiseGroups * kPhiloxGroup;
+
+// Elements [first, first + count) of a stream; first is a multiple of 4. `out` has room for count rounded up to a
+// multiple of kNoiseDrawn, and what lies beyond count is overwritten.
+template <Noise noise, class T>
+inline void draw_noise(uint64_t seed, uint64_t offset, int64_t first, int64_t count, T* out, int uniform_bits = 24) {
+  for (int64_t at = 0; at < count; at += kNoiseDrawn) {
+    PhiloxVector bits[kNoiseGroups];
+    philox_vectors(seed, offset, static_cast<uint64_t>(first + at) / 4, bits);
+    for (int n = 0; n < kNoiseGroups; ++n) noise_of_group<noise>(bits[n], uniform_bits, out + at + n * kPhiloxGroup);
+  }
+}
 
 }  // namespace GENFUSE_ISA
 }  // namespace genfuse

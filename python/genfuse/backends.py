@@ -115,6 +115,11 @@ def register_op(
     _KERNELS.setdefault(name, [])
 
 
+def subject_of(op: str) -> str:
+    """The name of the argument whose device and dtype decide."""
+    return _OPS[op].subject
+
+
 def register(kernel: Kernel) -> None:
     """Enter a kernel; those of one op are tried in the order of entry."""
     if kernel.backend not in BACKENDS:

@@ -177,5 +177,10 @@ void lstm_case(Random& random, std::string& description);
 void gru_case(Random& random, std::string& description);
 void generate_case(Random& random, std::string& description);
 void noise_case(Random& random, std::string& description);
+void gaussian_case(Random& random, std::string& description);
+void relaxed_case(Random& random, std::string& description);
+void categorical_case(Random& random, std::string& description);
+void quantize_case(Random& random, std::string& description);
+void nll_case(Random& random, std::string& description);
 
 }  // namespace fuzz

@@ -15,6 +15,11 @@ constexpr Kernel kKernels[] = {
     {"gru", fuzz::gru_case},
     {"generate", fuzz::generate_case},
     {"noise", fuzz::noise_case},
+    {"gaussian", fuzz::gaussian_case},
+    {"relaxed", fuzz::relaxed_case},
+    {"categorical", fuzz::categorical_case},
+    {"quantize", fuzz::quantize_case},
+    {"nll", fuzz::nll_case},
 };
 
 // The case that is running. A sanitizer that finds something ends the program, so it must be told what to print.

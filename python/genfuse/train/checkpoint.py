@@ -294,8 +294,7 @@ def _language_model(
 def _image_model(
     state: dict[str, Tensor], config: dict[str, Any], metadata: dict[str, str], folder: Path
 ) -> SavedImageModel:
-    implementation = config.get("run", {}).get("settings", {}).get("implementation", "genfuse")
-    model = image_model_class(config["model"], implementation)(**config["arguments"])
+    model = image_model_class(config["model"])(**config["arguments"])  # a twin's weights fit as well
     model.load_state_dict(state)
     return SavedImageModel(model, config, metadata, folder)
 

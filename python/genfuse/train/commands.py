@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from .errors import UserError
-from .settings import LanguageModelSettings
+from .settings import (
+    HierarchicalVAESettings,
+    LanguageModelSettings,
+    Settings,
+    VAESettings,
+    VQVAESettings,
+)
 
 __all__ = ["app"]
 
@@ -26,7 +34,90 @@ train = typer.Typer(help="Train a model.", rich_markup_mode="rich")
 app.add_typer(train, name="train")
 
 DEFAULT = LanguageModelSettings()
-MODEL, REGULARISERS, MACHINE = "Model", "Regularisation", "Machine"
+VAE, HVAE, VQVAE = VAESettings(), HierarchicalVAESettings(), VQVAESettings()
+MODEL, REGULARISERS, MACHINE, DATA, PRIOR = "Model", "Regularisation", "Machine", "Data", "Prior over codes"
+TEXT, IMAGES = "Language models", "Image models"
+
+# Options that several kinds of training have.
+Rate = Annotated[float, typer.Option("--learning-rate", "--lr", help="Of AdamW.")]
+Clip = Annotated[float, typer.Option(help="Largest norm of the gradient; 0 for no limit.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")]
+SaveEvery = Annotated[int, typer.Option(help="Steps between checkpoints.")]
+Accelerator = Annotated[str, typer.Option(metavar="auto|cpu|gpu|...", help="Kind of device.", rich_help_panel=MACHINE)]
+Devices = Annotated[
+    str,
+    typer.Option(metavar="N", help="Devices on each machine; by default 1, or torchrun's.", rich_help_panel=MACHINE),
+]
+Nodes = Annotated[int, typer.Option(metavar="N", help="Machines.", rich_help_panel=MACHINE)]
+Strategy = Annotated[
+    str, typer.Option(metavar="auto|ddp|fsdp|...", help="How devices share the work.", rich_help_panel=MACHINE)
+]
+Precision = Annotated[
+    str, typer.Option(metavar="32-true|bf16-mixed|...", help="Of the arithmetic.", rich_help_panel=MACHINE)
+]
+ImageSource = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        metavar="digits|mnist5k|fashion-mnist|DIR|FILE",
+        help="A data set by name, a folder of pictures or of idx files, or an idx, .npy or .npz file.",
+    ),
+]
+Epochs = Annotated[int, typer.Option(help="Times the images are read.")]
+BatchSize = Annotated[int, typer.Option(help="Images a step, over all processes.")]
+Seed = Annotated[int, typer.Option(help="Of weights, order of the images, their bits, and noise.")]
+NLLSamples = Annotated[int, typer.Option(help="Of the importance-weighted likelihood at the end.")]
+ImageSize = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Crop and resize a folder's pictures to N by N.", rich_help_panel=DATA),
+]
+Grey = Annotated[bool, typer.Option("--grey", "--gray", help="Make colours grey.", rich_help_panel=DATA)]
+ImagesHeldOut = Annotated[
+    float | None,
+    typer.Option(
+        "--held-out",
+        help="Share of the images kept for testing; by default the data's test set, or 0.1.",
+        show_default=False,
+        rich_help_panel=DATA,
+    ),
+]
+SplitSeed = Annotated[int, typer.Option(help="Of which images are held out, and of their bits.", rich_help_panel=DATA)]
+Binarize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="dynamic|none",
+        help="Read grey values as chances of a white pixel, drawn anew each time; by default with Bernoulli pixels.",
+        rich_help_panel=DATA,
+    ),
+]
+Likelihood = Annotated[
+    str | None,
+    typer.Option(
+        metavar="bernoulli|gaussian|discretized_gaussian",
+        help="Of a pixel; by default bernoulli, and discretized_gaussian for colours.",
+        rich_help_panel=MODEL,
+    ),
+]
+Implementation = Annotated[
+    str,
+    typer.Option(
+        metavar="genfuse|torch",
+        help="torch: train the model's twin in plain PyTorch instead, on the same batches, to compare.",
+        rich_help_panel=MACHINE,
+    ),
+]
+Beta = Annotated[float, typer.Option(help="Weight of the KL (beta-VAE).", rich_help_panel=REGULARISERS)]
+FreeBits = Annotated[
+    float, typer.Option(help="Nats of KL that each latent may have for free.", rich_help_panel=REGULARISERS)
+]
+KLWarmup = Annotated[
+    float, typer.Option(help="Epochs in which the KL's weight grows from 0.", rich_help_panel=REGULARISERS)
+]
+WeightDecay = Annotated[float, typer.Option(help="AdamW's, on the matrices.", rich_help_panel=REGULARISERS)]
+
+
+def _out(name: str) -> Any:
+    return typer.Option(metavar="DIR", help=f"The run's folder; by default runs/{name}[-N].")
 
 
 @app.callback(invoke_without_command=True)
@@ -62,13 +153,13 @@ def train_lstm(
     epochs: Annotated[int, typer.Option(help="Times the text is read.")] = DEFAULT.epochs,
     batch_size: Annotated[int, typer.Option(help="Windows a step, over all processes.")] = DEFAULT.batch_size,
     context_length: Annotated[int, typer.Option("--context", help="Tokens in a window.")] = DEFAULT.context,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr", help="Of AdamW.")] = DEFAULT.learning_rate,
-    clip: Annotated[float, typer.Option(help="Largest norm of the gradient; 0 for no limit.")] = DEFAULT.clip,
+    learning_rate: Rate = DEFAULT.learning_rate,
+    clip: Clip = DEFAULT.clip,
     held_out: Annotated[float, typer.Option(help="Share of the text (its end) kept for testing.")] = DEFAULT.held_out,
     seed: Annotated[int, typer.Option(help="Of weights, order of the text, and masks.")] = DEFAULT.seed,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The run's folder; by default runs/lstm[-N].")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
-    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = DEFAULT.save_every,
+    out: Annotated[Path | None, _out("lstm")] = None,
+    resume: Resume = False,
+    save_every: SaveEvery = DEFAULT.save_every,
     cell: Annotated[
         str, typer.Option(metavar="lstm|layernorm_lstm|gru", help="Kind of recurrent layer.", rich_help_panel=MODEL)
     ] = DEFAULT.cell,
@@ -107,25 +198,12 @@ def train_lstm(
     temporal_activation_regularization: Annotated[
         float, typer.Option("--tar", help="Temporal activation regularisation.", rich_help_panel=REGULARISERS)
     ] = DEFAULT.temporal_activation_regularization,
-    weight_decay: Annotated[
-        float, typer.Option(help="AdamW's, on the matrices.", rich_help_panel=REGULARISERS)
-    ] = DEFAULT.weight_decay,
-    accelerator: Annotated[
-        str, typer.Option(metavar="auto|cpu|gpu|...", help="Kind of device.", rich_help_panel=MACHINE)
-    ] = "auto",
-    devices: Annotated[
-        str,
-        typer.Option(
-            metavar="N", help="Devices on each machine; by default 1, or torchrun's.", rich_help_panel=MACHINE
-        ),
-    ] = "auto",
-    nodes: Annotated[int, typer.Option(metavar="N", help="Machines.", rich_help_panel=MACHINE)] = 1,
-    strategy: Annotated[
-        str, typer.Option(metavar="auto|ddp|fsdp|...", help="How devices share the work.", rich_help_panel=MACHINE)
-    ] = "auto",
-    precision: Annotated[
-        str, typer.Option(metavar="32-true|bf16-mixed|...", help="Of the arithmetic.", rich_help_panel=MACHINE)
-    ] = "32-true",
+    weight_decay: WeightDecay = DEFAULT.weight_decay,
+    accelerator: Accelerator = "auto",
+    devices: Devices = "auto",
+    nodes: Nodes = 1,
+    strategy: Strategy = "auto",
+    precision: Precision = "32-true",
 ) -> None:
     """Train a recurrent language model on text.
 
@@ -143,47 +221,269 @@ def train_lstm(
 
       torchrun --nproc-per-node 2 -m genfuse train lstm --data corpus/ --out runs/corpus --strategy ddp
     """
-    _require("training", "lightning", "torchmetrics", "matplotlib", "tensorboard", "safetensors", "rich")
+    _require(*TRAINING)
     from .run import train_language_model
 
-    given: dict[str, Any] = {}
-    for name, value in context.params.items():
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            given[{"context_length": "context"}.get(name, name)] = value
-    settings = {name: value for name, value in given.items() if name in LanguageModelSettings.__dataclass_fields__}
-    train_language_model(
-        settings,
-        out=out,
-        resume=resume,
-        accelerator=accelerator,
-        devices=devices,
-        nodes=nodes,
-        strategy=strategy,
-        precision=precision,
+    _train(context, train_language_model, LanguageModelSettings)
+
+
+@train.command("vae")
+def train_vae(
+    context: typer.Context,
+    data: ImageSource = VAE.data,
+    epochs: Epochs = VAE.epochs,
+    batch_size: BatchSize = VAE.batch_size,
+    learning_rate: Rate = VAE.learning_rate,
+    clip: Clip = VAE.clip,
+    nll_samples: NLLSamples = VAE.nll_samples,
+    seed: Seed = VAE.seed,
+    out: Annotated[Path | None, _out("vae")] = None,
+    resume: Resume = False,
+    save_every: SaveEvery = VAE.save_every,
+    image_size: ImageSize = None,
+    grey: Grey = False,
+    held_out: ImagesHeldOut = None,
+    split_seed: SplitSeed = VAE.split_seed,
+    binarize: Binarize = None,
+    architecture: Annotated[
+        str, typer.Option(metavar="mlp|conv", help="Dense layers, or convolutions.", rich_help_panel=MODEL)
+    ] = VAE.architecture,
+    latent_dim: Annotated[
+        int, typer.Option(help="Numbers in an image's code.", rich_help_panel=MODEL)
+    ] = VAE.latent_dim,
+    hidden_dims: Annotated[
+        str, typer.Option(metavar="N,N,...", help="Widths of the encoder's dense layers.", rich_help_panel=MODEL)
+    ] = ",".join(map(str, VAE.hidden_dims)),
+    likelihood: Likelihood = None,
+    objective: Annotated[
+        str, typer.Option(metavar="elbo|iwae", help="Bound that is trained.", rich_help_panel=MODEL)
+    ] = VAE.objective,
+    num_samples: Annotated[
+        int, typer.Option("--samples", help="Samples of the latents for each image.", rich_help_panel=MODEL)
+    ] = VAE.num_samples,
+    beta: Beta = VAE.beta,
+    free_bits: FreeBits = VAE.free_bits,
+    kl_warmup: KLWarmup = VAE.kl_warmup,
+    weight_decay: WeightDecay = VAE.weight_decay,
+    implementation: Implementation = VAE.implementation,
+    accelerator: Accelerator = "auto",
+    devices: Devices = "auto",
+    nodes: Nodes = 1,
+    strategy: Strategy = "auto",
+    precision: Precision = "32-true",
+) -> None:
+    """Train a variational autoencoder on images.
+
+    Without options: on scikit-learn's 1797 digits of 8 by 8 pixels, in about a minute on two CPU cores. The run's
+    folder receives the best model, what it scores (ELBO, importance-weighted NLL), the loss curve, TensorBoard logs,
+    and pictures of reconstructions, samples and interpolations. A run that was killed goes on with --resume.
+
+    Examples:
+
+      genfuse train vae
+
+      genfuse train vae --data fashion-mnist --architecture conv --epochs 30 --out runs/fashion
+
+      genfuse train vae --data photos/ --image-size 32 --likelihood discretized_gaussian
+
+      genfuse train vae --data digits --objective iwae --samples 8
+    """
+    _require(*TRAINING)
+    from .image_run import train_image_model
+
+    _train(context, functools.partial(train_image_model, "vae"), VAESettings)
+
+
+@train.command("hvae")
+def train_hvae(
+    context: typer.Context,
+    data: ImageSource = HVAE.data,
+    epochs: Epochs = HVAE.epochs,
+    batch_size: BatchSize = HVAE.batch_size,
+    learning_rate: Rate = HVAE.learning_rate,
+    clip: Clip = HVAE.clip,
+    nll_samples: NLLSamples = HVAE.nll_samples,
+    seed: Seed = HVAE.seed,
+    out: Annotated[Path | None, _out("hvae")] = None,
+    resume: Resume = False,
+    save_every: SaveEvery = HVAE.save_every,
+    image_size: ImageSize = None,
+    grey: Grey = False,
+    held_out: ImagesHeldOut = None,
+    split_seed: SplitSeed = HVAE.split_seed,
+    binarize: Binarize = None,
+    latent_dims: Annotated[
+        str,
+        typer.Option(
+            metavar="N,N,...", help="Latents of each layer, the one at the image first.", rich_help_panel=MODEL
+        ),
+    ] = ",".join(map(str, HVAE.latent_dims)),
+    hidden_dim: Annotated[
+        int, typer.Option(help="Width of the dense layers.", rich_help_panel=MODEL)
+    ] = HVAE.hidden_dim,
+    likelihood: Likelihood = None,
+    beta: Beta = HVAE.beta,
+    free_bits: FreeBits = HVAE.free_bits,
+    kl_warmup: KLWarmup = HVAE.kl_warmup,
+    weight_decay: WeightDecay = HVAE.weight_decay,
+    implementation: Implementation = HVAE.implementation,
+    accelerator: Accelerator = "auto",
+    devices: Devices = "auto",
+    nodes: Nodes = 1,
+    strategy: Strategy = "auto",
+    precision: Precision = "32-true",
+) -> None:
+    """Train a hierarchical (ladder) VAE on images.
+
+    Several layers of latents, each the prior of the one below it. Data, folder and figures are those of
+    genfuse train vae.
+
+    Examples:
+
+      genfuse train hvae
+
+      genfuse train hvae --data fashion-mnist --latent-dims 32,16,8,4 --epochs 30 --out runs/ladder
+    """
+    _require(*TRAINING)
+    from .image_run import train_image_model
+
+    _train(context, functools.partial(train_image_model, "hvae"), HierarchicalVAESettings)
+
+
+@train.command("vqvae")
+def train_vqvae(
+    context: typer.Context,
+    data: ImageSource = VQVAE.data,
+    epochs: Annotated[int, typer.Option(help="Of the autoencoder.")] = VQVAE.epochs,
+    prior_epochs: Annotated[int, typer.Option(help="Of the prior over its codes, after that.")] = VQVAE.prior_epochs,
+    batch_size: BatchSize = VQVAE.batch_size,
+    learning_rate: Rate = VQVAE.learning_rate,
+    clip: Clip = VQVAE.clip,
+    seed: Annotated[int, typer.Option(help="Of weights, order of the images, and their bits.")] = VQVAE.seed,
+    out: Annotated[Path | None, _out("vqvae")] = None,
+    resume: Resume = False,
+    save_every: SaveEvery = VQVAE.save_every,
+    image_size: ImageSize = None,
+    grey: Grey = False,
+    held_out: ImagesHeldOut = None,
+    split_seed: SplitSeed = VQVAE.split_seed,
+    binarize: Binarize = None,
+    num_embeddings: Annotated[int, typer.Option(help="Codes in the codebook.", rich_help_panel=MODEL)] = (
+        VQVAE.num_embeddings
+    ),
+    embedding_dim: Annotated[int, typer.Option(help="Size of a code's vector.", rich_help_panel=MODEL)] = (
+        VQVAE.embedding_dim
+    ),
+    hidden_dim: Annotated[int, typer.Option(help="Channels of the convolutions.", rich_help_panel=MODEL)] = (
+        VQVAE.hidden_dim
+    ),
+    likelihood: Likelihood = None,
+    commitment_weight: Annotated[
+        float, typer.Option(help="Of drawing the encoder to its codes.", rich_help_panel=REGULARISERS)
+    ] = VQVAE.commitment_weight,
+    decay: Annotated[
+        float, typer.Option(help="Of the codebook's moving averages.", rich_help_panel=REGULARISERS)
+    ] = VQVAE.decay,
+    weight_decay: WeightDecay = VQVAE.weight_decay,
+    prior_hidden_size: Annotated[int, typer.Option(help="Cells of its LSTM.", rich_help_panel=PRIOR)] = (
+        VQVAE.prior_hidden_size
+    ),
+    prior_learning_rate: Annotated[float, typer.Option(help="Of AdamW.", rich_help_panel=PRIOR)] = (
+        VQVAE.prior_learning_rate
+    ),
+    implementation: Implementation = VQVAE.implementation,
+    accelerator: Accelerator = "auto",
+    devices: Devices = "auto",
+    nodes: Nodes = 1,
+    strategy: Strategy = "auto",
+    precision: Precision = "32-true",
+) -> None:
+    """Train a VQ-VAE on images: an autoencoder with discrete codes, then an LSTM prior over the codes.
+
+    Both stages are one run: a run that was killed in either goes on with --resume. Data and folder are those of
+    genfuse train vae; the figure at the end is a bound, -log p(x | codes) - log p(codes).
+
+    Examples:
+
+      genfuse train vqvae
+
+      genfuse train vqvae --data fashion-mnist --epochs 10 --prior-epochs 10 --out runs/vq
+    """
+    _require(*TRAINING)
+    from .image_run import train_image_model
+
+    _train(context, functools.partial(train_image_model, "vqvae"), VQVAESettings)
+
+
+TRAINING = ("training", "lightning", "torchmetrics", "matplotlib", "tensorboard", "safetensors", "rich")
+
+
+def _train(context: typer.Context, begin: Callable[..., Any], settings: type[Settings]) -> None:
+    """Begin a run with the settings that were given on the command line."""
+    given = {{"context_length": "context"}.get(name, name): value for name, value in _given(context).items()}
+    fields: Any = settings
+    begin(
+        {name: value for name, value in given.items() if name in fields.__dataclass_fields__},
+        **{
+            name: context.params[name]
+            for name in ("out", "resume", "accelerator", "devices", "nodes", "strategy", "precision")
+        },
         say=_say,
         progress=sys.stdout.isatty(),
     )
 
 
+def _given(context: typer.Context) -> dict[str, Any]:
+    """The parameters that were given on the command line."""
+    given = {}
+    for name, value in context.params.items():
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            given[name] = value
+    return given
+
+
 @app.command()
 def sample(
+    context: typer.Context,
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A run's folder, or its model.safetensors.")],
-    prompt: Annotated[str, typer.Option(help="Text to go on from; by default a new line.")] = "",
-    length: Annotated[int, typer.Option(help="Tokens to write: characters, or bytes at byte level.")] = 500,
+    seed: Annotated[int | None, typer.Option(help="For the same text or images each time.")] = None,
+    prompt: Annotated[str, typer.Option(help="Text to go on from; by default a new line.", rich_help_panel=TEXT)] = "",
+    length: Annotated[
+        int, typer.Option(help="Tokens to write: characters, or bytes at byte level.", rich_help_panel=TEXT)
+    ] = 500,
     temperature: Annotated[
-        float, typer.Option(help="Low is cautious, above 1 is daring; 0 always takes the likeliest.")
+        float,
+        typer.Option(help="Low is cautious, above 1 is daring; 0 always takes the likeliest.", rich_help_panel=TEXT),
     ] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Choose among the k likeliest.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Choose among the likeliest of this total probability.")] = None,
-    seed: Annotated[int | None, typer.Option(help="For the same text each time.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Choose among the k likeliest.", rich_help_panel=TEXT)] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Choose among the likeliest of this total probability.", rich_help_panel=TEXT)
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(metavar="FILE.png", help="Picture to write; it is replaced.", rich_help_panel=IMAGES)
+    ] = Path("samples.png"),
+    count: Annotated[int, typer.Option(help="How many images.", rich_help_panel=IMAGES)] = 100,
+    pixels: Annotated[
+        bool,
+        typer.Option("--pixels", help="Draw the pixels, too, instead of showing their means.", rich_help_panel=IMAGES),
+    ] = False,
 ) -> None:
-    """Write text with a trained model."""
+    """Write text, or a picture, with a trained model."""
     _require("sampling", "safetensors")
-    from .checkpoint import load_model
+    from .checkpoint import SavedModel, load_any
+
+    saved = load_any(checkpoint)
+    if not isinstance(saved, SavedModel):
+        _only(context, saved.config["model"], ("seed", "out", "count", "pixels"))
+        from .image_run import sample_images
+
+        sample_images(saved, out, count=count, pixels=pixels, seed=seed)
+        print(f"{count} images in {out}")
+        return
+    _only(context, saved.config["model"], ("seed", "prompt", "length", "temperature", "top_k", "top_p"))
     from .run import sample as continue_text
 
-    saved = load_model(checkpoint)
     unknown = saved.vocabulary.unknown(prompt)
     if unknown:
         characters = ", ".join(repr(character) for character in unknown)
@@ -194,24 +494,54 @@ def sample(
 
 @app.command()
 def evaluate(
+    context: typer.Context,
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A run's folder, or its model.safetensors.")],
     data: Annotated[
         str | None,
-        typer.Option(metavar="FILE|DIR", help="Text to score; by default the held-out part of the run's own."),
+        typer.Option(metavar="FILE|DIR", help="What to score; by default the held-out part of the run's own data."),
+    ] = None,
+    nll_samples: Annotated[
+        int, typer.Option(help="Of the importance-weighted likelihood, for each image.", rich_help_panel=IMAGES)
+    ] = 5000,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", help="Score the first N images only.", rich_help_panel=IMAGES)
     ] = None,
 ) -> None:
-    """Score a trained model: bits per character, perplexity, BLEU of samples."""
+    """Score a trained model: bits per character, perplexity, BLEU of samples; of images, ELBO and NLL."""
     _require("evaluating", "lightning", "torchmetrics", "safetensors")
-    from .checkpoint import load_model
+    import torch
+
+    from .checkpoint import SavedModel, load_any
+
+    saved = load_any(checkpoint)
+    if not isinstance(saved, SavedModel):
+        _only(context, saved.config["model"], ("data", "nll_samples", "limit"))
+        from .image_run import evaluate_images, figures_for_people
+
+        if torch.cuda.is_available():
+            saved.model.cuda()
+        figures = evaluate_images(saved, data, num_samples=nll_samples, limit=limit, progress=sys.stdout.isatty())
+        print(f"images  {figures['data']}: {figures['images']:,}{', binarised' if figures['binarized'] else ''}")
+        for line in figures_for_people(figures):
+            print(line)
+        return
+    _only(context, saved.config["model"], ("data",))
     from .run import evaluate as score
 
-    result = score(load_model(checkpoint), data)
+    result = score(saved, data)
     print(f"text        {result['text']}: {result['characters']:,} characters")
     if result["unknown"]:
         print(f"unknown     {result['unknown']:.2%} of the characters are new to the model")
     print(f"bits/char   {result['bits_per_char']:.4f}")
     print(f"perplexity  {result['perplexity']:.4f} per character")
     print(f"BLEU-4      {result['bleu']:.4f} of samples")
+
+
+def _only(context: typer.Context, model: str, options: tuple[str, ...]) -> None:
+    """Refuse an option that means nothing to a model of this class."""
+    for name in _given(context):
+        if name not in (*options, "checkpoint"):
+            raise UserError(f"--{name.replace('_', '-')} is not for this model, which is a {model}.")
 
 
 @app.command()
@@ -223,10 +553,17 @@ def info(
     """Describe a trained model, or this installation."""
     if checkpoint is not None:
         _require("reading a checkpoint", "safetensors")
-        from .checkpoint import load_model
-        from .run import describe
+        from .checkpoint import SavedModel, load_any
 
-        _table(describe(load_model(checkpoint)))
+        saved = load_any(checkpoint)
+        if isinstance(saved, SavedModel):
+            from .run import describe
+
+            _table(describe(saved))
+        else:
+            from .image_run import describe_image_model
+
+            _table(describe_image_model(saved))
         return
     import torch
 

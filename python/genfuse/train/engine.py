@@ -107,8 +107,8 @@ class Job(ABC):
     def check_extension(self, before: Any, done: int) -> None:  # noqa: B027  most have nothing to check
         """Raise a `UserError` where a run of settings `before` that is at step `done` cannot go on with these."""
 
-    def strategy(self, name: str) -> str:
-        """Lightning's name of the strategy that a user calls `name`."""
+    def strategy(self, name: str, several: bool) -> str:
+        """Lightning's name of the strategy that a user calls `name`, for one process or several."""
         return name
 
 
@@ -200,7 +200,7 @@ def train(
         "accelerator": accelerator,
         "devices": devices,
         "num_nodes": nodes,
-        "strategy": job.strategy(strategy),
+        "strategy": job.strategy(strategy, several=devices != "1" or nodes > 1),
         "precision": precision,
     }
     # Before anything is written or said: a machine that cannot do it leaves no trace of the attempt.

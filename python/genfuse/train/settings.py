@@ -27,6 +27,7 @@ __all__ = [
 CELLS = ("lstm", "layernorm_lstm", "gru")
 LEVELS = ("char", "byte")
 
+IMAGE_SETS = ("digits", "mnist5k", "fashion-mnist")
 LIKELIHOODS = ("bernoulli", "gaussian", "discretized_gaussian")
 BINARIZE = ("dynamic", "none")
 ARCHITECTURES = ("mlp", "conv")
@@ -43,7 +44,7 @@ class Settings:
         option_names: the command line's spelling, where it is not the setting's own.
     """
 
-    held_out: float
+    held_out: float | None
     batch_size: int
     epochs: int
     learning_rate: float
@@ -91,7 +92,7 @@ class Settings:
                 raise UserError(f"{self.option(name)} must be above 0, not {getattr(self, name)}.")
 
     def _check_run(self) -> None:
-        if not 0.0 < self.held_out < 1.0:
+        if self.held_out is not None and not 0.0 < self.held_out < 1.0:
             raise UserError(
                 f"--held-out is a share of the {self.data_kind}: it must be between 0 and 1, not {self.held_out}."
             )
@@ -200,7 +201,7 @@ class ImageSettings(Settings):
     data: str = "digits"
     image_size: int | None = None
     grey: bool = False
-    held_out: float = 0.1
+    held_out: float | None = None
     split_seed: int = 0
     likelihood: str | None = None
     binarize: str | None = None
@@ -216,6 +217,7 @@ class ImageSettings(Settings):
 
     data_kind: ClassVar[str] = "images"
     sizes: ClassVar[tuple[str, ...]] = ()  # settings that are several whole numbers
+    arguments: ClassVar[tuple[str, ...]] = ()  # settings that the model's class takes by the same name
 
     @classmethod
     def parse(cls, name: str, value: Any) -> Any:
@@ -250,14 +252,15 @@ class ImageSettings(Settings):
         self._check_run()
         self._check_seed("split_seed")
 
-    def model_arguments(self, input_shape: tuple[int, int, int], likelihood: str) -> dict[str, Any]:
-        """Keyword arguments of the model's class."""
-        raise NotImplementedError
+    @property
+    def stage_epochs(self) -> tuple[int, ...]:
+        """Epochs of each stage of the training."""
+        return (self.epochs,)
 
-    def _arguments(self, input_shape: tuple[int, int, int], likelihood: str, *same: str) -> dict[str, Any]:
-        values = {name: getattr(self, name) for name in same}
-        lists = {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
-        return {"input_shape": list(input_shape), "likelihood": likelihood, **values, **lists}
+    def model_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of the model's class, but those that follow from the data."""
+        values = {name: getattr(self, name) for name in self.arguments}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -271,20 +274,28 @@ class VAESettings(ImageSettings):
     num_samples: int = 1
     beta: float = 1.0
     free_bits: float = 0.0
+    kl_warmup: float = 0.0
 
     option_names: ClassVar[dict[str, str]] = {"num_samples": "samples"}
     sizes: ClassVar[tuple[str, ...]] = ("hidden_dims",)
+    arguments: ClassVar[tuple[str, ...]] = (
+        "latent_dim",
+        "hidden_dims",
+        "architecture",
+        "objective",
+        "num_samples",
+        "beta",
+        "free_bits",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_choice("architecture", ARCHITECTURES)
         self._check_choice("objective", OBJECTIVES)
         self._check_at_least(1, "latent_dim", "num_samples")
-        self._check_not_negative("beta", "free_bits")
-
-    def model_arguments(self, input_shape: tuple[int, int, int], likelihood: str) -> dict[str, Any]:
-        same = ("latent_dim", "hidden_dims", "architecture", "objective", "num_samples", "beta", "free_bits")
-        return self._arguments(input_shape, likelihood, *same)
+        self._check_not_negative("beta", "free_bits", "kl_warmup")
+        if self.objective == "iwae" and (self.beta != 1.0 or self.free_bits > 0.0 or self.kl_warmup > 0.0):
+            raise UserError("--objective iwae has no KL term: leave out --beta, --free-bits and --kl-warmup.")
 
 
 @dataclass(frozen=True)
@@ -295,16 +306,15 @@ class HierarchicalVAESettings(ImageSettings):
     hidden_dim: int = 256
     beta: float = 1.0
     free_bits: float = 0.0
+    kl_warmup: float = 20.0
 
     sizes: ClassVar[tuple[str, ...]] = ("latent_dims",)
+    arguments: ClassVar[tuple[str, ...]] = ("latent_dims", "hidden_dim", "beta", "free_bits")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_at_least(1, "hidden_dim")
-        self._check_not_negative("beta", "free_bits")
-
-    def model_arguments(self, input_shape: tuple[int, int, int], likelihood: str) -> dict[str, Any]:
-        return self._arguments(input_shape, likelihood, "latent_dims", "hidden_dim", "beta", "free_bits")
+        self._check_not_negative("beta", "free_bits", "kl_warmup")
 
 
 @dataclass(frozen=True)
@@ -322,6 +332,14 @@ class VQVAESettings(ImageSettings):
     prior_hidden_size: int = 256
 
     extendable: ClassVar[tuple[str, ...]] = ("epochs", "prior_epochs")
+    arguments: ClassVar[tuple[str, ...]] = (
+        "num_embeddings",
+        "embedding_dim",
+        "hidden_dim",
+        "commitment_weight",
+        "decay",
+        "prior_hidden_size",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -331,9 +349,9 @@ class VQVAESettings(ImageSettings):
         if not 0.0 <= self.decay < 1.0:
             raise UserError(f"--decay must be in [0, 1), not {self.decay}.")
 
-    def model_arguments(self, input_shape: tuple[int, int, int], likelihood: str) -> dict[str, Any]:
-        same = ("num_embeddings", "embedding_dim", "hidden_dim", "commitment_weight", "decay", "prior_hidden_size")
-        return self._arguments(input_shape, likelihood, *same)
+    @property
+    def stage_epochs(self) -> tuple[int, ...]:
+        return (self.epochs, self.prior_epochs)
 
 
 def process_rank() -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from .hierarchical_vae import HierarchicalVAE
 from .language_model import LSTMLanguageModel
+from .vae import VAE
+from .vqvae import VQVAE
 
-__all__ = ["LSTMLanguageModel"]
+__all__ = ["VAE", "VQVAE", "HierarchicalVAE", "LSTMLanguageModel"]

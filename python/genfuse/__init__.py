@@ -1,9 +1,9 @@
 """Fused kernels for generative models in PyTorch.
 
-`genfuse.ops` has the operators, `genfuse.nn` drop-in layers, `genfuse.models` whole models, `genfuse.reference` the
-definition of each in plain PyTorch. `explain` says which kernel a call takes and why, `use_backend` forces one,
-`build_info` tells what was built. Everything is imported on first use: `import genfuse` alone loads neither torch nor
-the native library.
+`genfuse.ops` has the operators, `genfuse.nn` layers, `genfuse.distributions` a Gaussian for `torch.distributions`,
+`genfuse.models` whole models, `genfuse.reference` the definition of each in plain PyTorch. `explain` says which kernel
+a call takes and why, `use_backend` forces one, `build_info` tells what was built. Everything is imported on first use:
+`import genfuse` alone loads neither torch nor the native library.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from genfuse._native import build_info
 
 if TYPE_CHECKING:
-    from genfuse import backends, models, nn, ops, reference, train
+    from genfuse import backends, distributions, models, nn, ops, reference, train
     from genfuse.backends import explain, use_backend
 
     __version__: str
@@ -23,6 +23,7 @@ __all__ = [
     "__version__",
     "backends",
     "build_info",
+    "distributions",
     "explain",
     "models",
     "nn",
@@ -32,7 +33,7 @@ __all__ = [
     "use_backend",
 ]
 
-_SUBMODULES = frozenset({"backends", "kernels", "models", "nn", "ops", "reference", "train"})
+_SUBMODULES = frozenset({"backends", "distributions", "kernels", "models", "nn", "ops", "reference", "train"})
 _FROM_BACKENDS = frozenset({"explain", "use_backend"})
 
 

@@ -73,49 +73,68 @@ GENFUSE_HD Vec<double> log1p_unit(Vec<double> u) {
   return r;
 }
 
-// e^x = (1 + expm1) low high, where the two powers of two share the exponent, so that what overflows becomes infinity,
-// and what underflows loses its places gradually. `tail` is expm1(r) - r of the reduced argument r, which is x itself
-// where the exponent is 0.
+// The range in which the two functions below have their exponents; beyond it e^x is infinite or 0.
+template <class T>
+inline constexpr T kWideLimit = sizeof(T) == 4 ? T(175) : T(1416);
+
+// x within limits that are not NaN; NaN stays.
+GENFUSE_HD VecFloat within(VecFloat x, float low, float high) {
+#if defined(__AVX512F__)
+  const __m512 above = _mm512_maskz_max_ps(0xffff, _mm512_set1_ps(low), reinterpret_cast<__m512>(x));
+  return reinterpret_cast<VecFloat>(_mm512_maskz_min_ps(0xffff, _mm512_set1_ps(high), above));
+#else
+  x = x < low ? broadcast(low) : x;
+  return x > high ? broadcast(high) : x;
+#endif
+}
+GENFUSE_HD Vec<double> within(Vec<double> x, double low, double high) {
+  x = x < low ? broadcast(low) : x;
+  return x > high ? broadcast(high) : x;
+}
+
+// m 2^n for a whole n, infinite or 0 where it is. The power is shared between two factors, so that what overflows
+// becomes infinity, and what underflows loses its places gradually.
+template <class T>
+GENFUSE_HD Vec<T> scale_by_power(Vec<T> m, Vec<T> n, VecInt<T> whole) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    return reinterpret_cast<VecFloat>(
+        _mm512_maskz_scalef_ps(0xffff, reinterpret_cast<__m512>(m), reinterpret_cast<__m512>(n)));
+  }
+#endif
+  (void)n;
+  using C = ExpConstants<T>;
+  const VecInt<T> half = whole >> 1;
+  const Vec<T> low = reinterpret_cast<Vec<T>>((half + C::bias) << C::mantissa_bits);
+  const Vec<T> high = reinterpret_cast<Vec<T>>((whole - half + C::bias) << C::mantissa_bits);
+  return m * low * high;
+}
+
+// e^x over the whole range of the type: x = n ln 2 + r, and `tail` is expm1(r) - r, where r is x itself if n is 0.
 template <class T>
 struct WideExp {
-  Vec<T> expm1, tail, low, high;
-  VecInt<T> whole;  // the exponent
+  Vec<T> tail, expm1, value;
+  VecInt<T> near;  // whether n is 0
 
   GENFUSE_HD explicit WideExp(Vec<T> x) {
     using C = ExpConstants<T>;
-    using I = VecInt<T>;
-    constexpr T limit = sizeof(T) == 4 ? T(175) : T(1416);
-    x = x < -limit ? broadcast(-limit) : x;  // false for NaN, which therefore stays
-    x = x > limit ? broadcast(limit) : x;
+    x = within(x, -kWideLimit<T>, kWideLimit<T>);
     const Vec<T> shifted = x * static_cast<T>(1.4426950408889634) + C::magic;
     const Vec<T> n = shifted - C::magic;
     const Vec<T> r = (x - n * C::ln2_high) - n * C::ln2_low;
     const Vec<T> magic = broadcast(C::magic);
-    whole = reinterpret_cast<I>(shifted) - reinterpret_cast<I>(magic);
-    const I half = whole >> 1;
-    low = reinterpret_cast<Vec<T>>((half + C::bias) << C::mantissa_bits);
-    high = reinterpret_cast<Vec<T>>((whole - half + C::bias) << C::mantissa_bits);
     tail = exp_tail(r);
     expm1 = tail + r;
+    value =
+        scale_by_power<T>(T(1) + expm1, n, reinterpret_cast<VecInt<T>>(shifted) - reinterpret_cast<VecInt<T>>(magic));
+    near = n == 0;  // false for NaN
   }
-  GENFUSE_HD Vec<T> value() const { return (low * expm1 + low) * high; }
 };
 
 // e^x, infinite or 0 where it is.
 template <class T>
 GENFUSE_HD Vec<T> exp_wide(Vec<T> x) {
-  return WideExp<T>(x).value();
-}
-
-// e^x - 1, and e^x - 1 - x, with their digits for small x.
-template <class T>
-GENFUSE_HD void exp_minus(Vec<T> x, Vec<T>& less_one, Vec<T>& less_one_and_x) {
-  const WideExp<T> e(x);
-  const VecInt<T> near = (e.whole == 0) & (x == x);
-  const Vec<T> far = e.value() - 1;
-  less_one = near ? e.expm1 : far;
-  constexpr T limit = sizeof(T) == 4 ? T(175) : T(1416);
-  less_one_and_x = near ? e.tail : far - (x > limit ? broadcast(limit) : x);  // infinity less infinity is none
+  return WideExp<T>(x).value;
 }
 
 }  // namespace GENFUSE_ISA

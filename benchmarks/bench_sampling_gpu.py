@@ -3,8 +3,8 @@
     python benchmarks/report.py sampling_gpu [--write]
 
 Without CUDA every contestant is unavailable. Ours are called by name (`genfuse.use_backend`), because a kernel that has
-no results here yet is off in the default dispatch (docs/design/gpu.md says what switches it on). A copy of as many bytes
-as the operator has to move is the limit that it is held against.
+no results here yet is off in the default dispatch (docs/design/gpu.md says what switches it on). A copy of as many
+bytes as the operator has to move is the limit that it is held against.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def normals(setting: Setting) -> Mapping[str, Factory]:
 
     count = 1000 if setting.quick else 64 * MILLION
     return contest(
-        lambda: [],
+        list,
         lambda: ops.philox_normal(count, 1, 2, device="cuda"),
         lambda: torch.randn(count, device="cuda"),
         4 * count,

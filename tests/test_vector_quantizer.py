@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from genfuse import nn, reference
+from genfuse.nn import sampling
 from torch import Tensor
 
 K, D = 6, 3
@@ -234,6 +235,24 @@ def test_compiles_in_one_graph(options: dict[str, Any]) -> None:
             torch.testing.assert_close(layer.state_dict()[name], value)
         counts.append(counter.frame_count)
     assert counts == counts[:1] * 3
+
+
+def test_compiles_with_what_is_between_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile traces some collectives and not others; a group of one process is enough to see that."""
+    torch._dynamo.reset()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        layer = quantizer(dead_code_threshold=3.0)
+        alone = copy.deepcopy(layer)
+        torch.manual_seed(0)
+        alone(vectors(9))
+        monkeypatch.setattr(sampling, "_several_processes", lambda: True)
+        torch.manual_seed(0)
+        torch.compile(layer, fullgraph=True, backend="aot_eager")(vectors(9))
+    finally:
+        torch.distributed.destroy_process_group()
+    for name, value in alone.state_dict().items():
+        torch.testing.assert_close(layer.state_dict()[name], value)
 
 
 def test_copied_pickled_and_restored() -> None:

@@ -33,9 +33,10 @@ class HierarchicalVAE(ImageModel):
         latent_dims: of z_1, which the image is decoded from, to z_L; at least two layers.
         hidden_dim: width of the dense layers.
         likelihood: of a pixel given z_1, as for `VAE`.
-        beta: weight of the KL in the loss. It may be assigned to: the paper raises it from 0 to 1 in the first epochs,
-            without which the upper layers tend to stay unused.
-        free_bits: nats; in the loss each latent element's KL counts as at least this much.
+        beta: weight of the KL in the loss. It may be assigned to: the paper raises it from 0 to 1 in the first half of
+            the training, and without that all layers may stay unused.
+        free_bits: nats; in the loss each latent element's KL counts as at least this much. A little, say 0.05, keeps
+            the upper layers in use.
         levels: values a pixel can have, for ``"discretized_gaussian"``.
 
     `genfuse.reference.HierarchicalVAE` is the same model in plain PyTorch, with the same ``state_dict`` and, from the

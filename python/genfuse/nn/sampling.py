@@ -370,8 +370,10 @@ class VectorQuantizer(torch.nn.Module):
         else:
             fresh = self.codebook
         fresh = fresh.to(self.codebook.dtype, copy=True)
-        if distributed:
-            torch.distributed.broadcast(fresh, 0)
+        if distributed:  # rank 0's; as a sum, because torch.compile does not trace broadcast
+            if torch.distributed.get_rank() > 0:
+                fresh.zero_()
+            torch.distributed.all_reduce(fresh)
         dead = (self.cluster_size < threshold) & fresh.isfinite().all(-1)
         # It starts as a code of average use, so that it has some batches' time to find vectors.
         start = torch.maximum(total / codes, threshold.to(total.dtype))

@@ -56,7 +56,11 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["--help"], ["train", "sample", "evaluate", "info"]),
         (["train"], ["lstm"]),
         (["train", "lstm", "--help"], ["--data", "--resume", "--cell", "--devices", "--seed"]),
-        (["sample", "--help"], ["--prompt", "--length", "--temperature", "--top-k", "--top-p", "--seed"]),
+        (["train", "vae", "--help"], ["--data", "--resume", "--likelihood", "--objective", "--devices", "--seed"]),
+        (["train", "hvae", "--help"], ["--latent-dims", "--kl-warmup", "--implementation"]),
+        (["train", "vqvae", "--help"], ["--prior-epochs", "--num-embeddings", "--binarize"]),
+        (["sample", "--help"], ["--prompt", "--length", "--temperature", "--top-k", "--top-p", "--seed", "--count"]),
+        (["evaluate", "--help"], ["--data", "--nll-samples", "--limit"]),
     ):
         assert cli.run(arguments) == 0
         said = capsys.readouterr().out
@@ -81,7 +85,7 @@ def test_more_memory_than_there_is(
 
 def test_help_is_light() -> None:
     """Neither torch nor Lightning is loaded to print a help text or to refuse an option."""
-    for arguments in (["train", "lstm", "--help"], ["train", "lstm", "--no-such-option"]):
+    for arguments in (["train", "lstm", "--help"], ["train", "lstm", "--no-such-option"], ["train", "vae", "--help"]):
         code = (
             "import sys; from genfuse.train import cli; cli.run(sys.argv[1:]); "
             "sys.exit(any(name in sys.modules for name in ('torch', 'lightning', 'matplotlib', 'numpy')))"
@@ -104,6 +108,13 @@ def test_help_is_light() -> None:
         (["train", "lstm", "--strategy", "magic"], "this machine cannot train that way"),
         (["train", "lstm", "--devices", "none"], "this machine cannot train that way"),
         (["train", "lstm", "extra"], "extra"),
+        (["train", "vae", "--data", "mnist"], "there is no such file, nor a data set of that name (digits, mnist5k"),
+        (["train", "vae", "--hidden-dims", "4x"], "--hidden-dims is whole numbers separated by commas"),
+        (["train", "vae", "--samples", "0"], "--samples must be at least 1, not 0"),
+        (["train", "vae", "--latent-dim", "1000000000000"], "--latent-dim 1000000000000 needs more memory"),
+        (["train", "hvae", "--latent-dims", "8"], "latent_dims must hold at least 2"),
+        (["train", "vqvae", "--resume"], "there is no run in"),
+        (["train", "vqvae", "--devices", "none"], "this machine cannot train that way"),
         (["sample"], "Missing argument 'CHECKPOINT'"),
         (["sample", "nowhere"], "there is no checkpoint at nowhere"),
         (["evaluate", "nowhere"], "there is no checkpoint at nowhere"),
@@ -212,6 +223,41 @@ def test_evaluate_and_info(trained: Path, corpus: Path, capsys: pytest.CaptureFi
     assert all(word in said for word in ("LSTMLanguageModel", "hidden size", "held-out bits/char"))
     assert cli.run(["info"]) == 0
     assert "torch" in capsys.readouterr().out
+
+
+def test_images_from_beginning_to_end(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Train, sample, evaluate, info; and the options that belong to the other kind of model."""
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    command = ["train", "vae", "--epochs", "2", "--hidden-dims", "9,8", "--latent-dim", "2", "--nll-samples", "4"]
+    assert cli.run(command) == 0
+    said = capsys.readouterr().out
+    for words in ("1,797 images of 8 x 8, 180 held out (drawn with seed 0)", "ELBO  -", "NLL   ", "with 4 samples"):
+        assert words in said
+    assert cli.run([*command[:4], "--resume"]) == 0
+    assert "nothing to resume" in capsys.readouterr().out
+    assert cli.run(["sample", "runs/vae", "--count", "5", "--seed", "1", "--out", "five.png"]) == 0
+    assert Path("five.png").read_bytes().startswith(b"\x89PNG")
+    assert cli.run(["evaluate", "runs/vae/model.safetensors", "--nll-samples", "3", "--limit", "7"]) == 0
+    said = capsys.readouterr().out
+    assert "held-out part of digits: 7, binarised" in said
+    assert "with 3 samples" in said
+    assert cli.run(["info", "runs/vae"]) == 0
+    said = capsys.readouterr().out
+    assert all(words in said for words in ("model", "VAE", "hidden dims", "9 8", "held-out NLL", "model hash"))
+    assert "--prompt is not for models of the class VAE" in fails(["sample", "runs/vae", "--prompt", "a"], capsys)
+    assert "--count is not for models" in fails(["sample", str(trained), "--count", "2"], capsys)
+    assert "--limit is not for models" in fails(["evaluate", str(trained), "--limit", "2"], capsys)
+    assert "--limit must be at least 1" in fails(["evaluate", "runs/vae", "--limit", "0"], capsys)
+    assert "--nll-samples must be at least 1" in fails(["evaluate", "runs/vae", "--nll-samples", "0"], capsys)
+    assert "must be a .png file" in fails(["sample", "runs/vae", "--out", "a.jpg"], capsys)
+    assert "cannot write no/a.png: no such file" in fails(["sample", "runs/vae", "--out", "no/a.png"], capsys)
+    assert "describe a genfuse image model" in fails(["train", "vae", "--resume", "--out", str(trained)], capsys)
+    assert "describe a genfuse language model" in fails(["train", "lstm", "--resume", "--out", "runs/vae"], capsys)
+    torch.set_num_threads(threads)
 
 
 def test_missing_extras(trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

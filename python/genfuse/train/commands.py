@@ -324,7 +324,14 @@ def train_hvae(
     likelihood: Likelihood = None,
     beta: Beta = HVAE.beta,
     free_bits: FreeBits = HVAE.free_bits,
-    kl_warmup: KLWarmup = HVAE.kl_warmup,
+    kl_warmup: Annotated[
+        float | None,
+        typer.Option(
+            help="Epochs in which the KL's weight grows from 0; by default a third of them.",
+            show_default=False,
+            rich_help_panel=REGULARISERS,
+        ),
+    ] = HVAE.kl_warmup,
     weight_decay: WeightDecay = HVAE.weight_decay,
     implementation: Implementation = HVAE.implementation,
     accelerator: Accelerator = "auto",
@@ -541,7 +548,7 @@ def _only(context: typer.Context, model: str, options: tuple[str, ...]) -> None:
     """Refuse an option that means nothing to a model of this class."""
     for name in _given(context):
         if name not in (*options, "checkpoint"):
-            raise UserError(f"--{name.replace('_', '-')} is not for this model, which is a {model}.")
+            raise UserError(f"--{name.replace('_', '-')} is not for models of the class {model}.")
 
 
 @app.command()

@@ -98,7 +98,7 @@ class ImageModule(TrainingModule):
 
     def __init__(self, model: Any, settings: Any, plan: ImagePlan) -> None:
         super().__init__(model, settings, plan)
-        self._warmup_steps = getattr(settings, "kl_warmup", 0.0) * plan.steps_per_epoch
+        self._warmup_steps = settings.warmup_epochs * plan.steps_per_epoch
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)

@@ -257,6 +257,11 @@ class ImageSettings(Settings):
         """Epochs of each stage of the training."""
         return (self.epochs,)
 
+    @property
+    def warmup_epochs(self) -> float:
+        """Epochs in which the KL's weight grows from 0 to beta."""
+        return 0.0
+
     def model_arguments(self) -> dict[str, Any]:
         """Keyword arguments of the model's class, but those that follow from the data."""
         values = {name: getattr(self, name) for name in self.arguments}
@@ -297,16 +302,24 @@ class VAESettings(ImageSettings):
         if self.objective == "iwae" and (self.beta != 1.0 or self.free_bits > 0.0 or self.kl_warmup > 0.0):
             raise UserError("--objective iwae has no KL term: leave out --beta, --free-bits and --kl-warmup.")
 
+    @property
+    def warmup_epochs(self) -> float:
+        return self.kl_warmup
+
 
 @dataclass(frozen=True)
 class HierarchicalVAESettings(ImageSettings):
-    """Settings of ``genfuse train hvae``."""
+    """Settings of ``genfuse train hvae``.
+
+    The KL's weight grows from 0 in the first `kl_warmup` epochs, by default a third of them: without that, the latents
+    tend to stay unused (Sonderby et al. 2016, arXiv 1602.02282, section 2.2).
+    """
 
     latent_dims: tuple[int, ...] = (32, 16, 8)
     hidden_dim: int = 256
     beta: float = 1.0
     free_bits: float = 0.0
-    kl_warmup: float = 20.0
+    kl_warmup: float | None = None
 
     sizes: ClassVar[tuple[str, ...]] = ("latent_dims",)
     arguments: ClassVar[tuple[str, ...]] = ("latent_dims", "hidden_dim", "beta", "free_bits")
@@ -314,7 +327,11 @@ class HierarchicalVAESettings(ImageSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_at_least(1, "hidden_dim")
-        self._check_not_negative("beta", "free_bits", "kl_warmup")
+        self._check_not_negative("beta", "free_bits", *(() if self.kl_warmup is None else ("kl_warmup",)))
+
+    @property
+    def warmup_epochs(self) -> float:
+        return self.epochs / 3 if self.kl_warmup is None else self.kl_warmup
 
 
 @dataclass(frozen=True)

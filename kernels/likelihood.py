@@ -126,6 +126,7 @@ def bernoulli_nll_backward(
 def _standardized(
     x, mean, scale, row, col, ok, x_row, mean_row, scale_row,
     X_COL: tl.constexpr, MEAN_COL: tl.constexpr, SCALE_COL: tl.constexpr, LOG_STD: tl.constexpr,
+    DISCRETIZED: tl.constexpr,
 ):  # fmt: skip
     """(x - mean) / deviation, ln of the deviation, the root of its inverse, and x."""
     value = _load(x, row, x_row, col, ok, X_COL)
@@ -133,6 +134,9 @@ def _standardized(
     log_deviation = log_deviation if LOG_STD else 0.5 * log_deviation
     # Twice the root: a small difference times a large inverse deviation does not overflow.
     root = tl.exp(-0.5 * log_deviation)
+    if DISCRETIZED:
+        # Edges are then finite, for products with 0; of two deviations below 1e-30 no bin can tell the difference.
+        root = tl.where(root > 1e15, 1e15, root)
     center = (value - _load(mean, row, mean_row, col, ok, MEAN_COL)) * root * root
     return center, log_deviation, root, value
 
@@ -150,10 +154,23 @@ def _gaussian_kernel(
     for tile in range(tiles):
         col, ok = _columns(row, (program % chunks * tiles + tile) * BC, R, C, SHIFT, BC)
         center, log_deviation, root, value = _standardized(
-            x, mean, scale, row, col, ok, x_row, mean_row, scale_row, X_COL, MEAN_COL, SCALE_COL, LOG_STD
+            x,
+            mean,
+            scale,
+            row,
+            col,
+            ok,
+            x_row,
+            mean_row,
+            scale_row,
+            X_COL,
+            MEAN_COL,
+            SCALE_COL,
+            LOG_STD,
+            DISCRETIZED,
         )
         if DISCRETIZED:
-            each = -_log_bin(center, _width(half, root), value < lowest, value > highest)
+            each = -_log_bin(center, half * root * root, value < lowest, value > highest)
         else:
             each = _HALF_LOG_2_PI + log_deviation + 0.5 * center * center
         total += tl.where(ok, each, 0.0)
@@ -171,10 +188,23 @@ def _gaussian_backward_kernel(
     col, ok = _columns(row, program % chunks * BC, R, C, SHIFT, BC)
     g = tl.load(grad + row * grad_row, mask=row < R, other=0.0).to(tl.float32)[:, None]
     center, _, root, value = _standardized(
-        x, mean, scale, row, col, ok, x_row, mean_row, scale_row, X_COL, MEAN_COL, SCALE_COL, LOG_STD
+        x,
+        mean,
+        scale,
+        row,
+        col,
+        ok,
+        x_row,
+        mean_row,
+        scale_row,
+        X_COL,
+        MEAN_COL,
+        SCALE_COL,
+        LOG_STD,
+        DISCRETIZED,
     )
     if DISCRETIZED:
-        by_center, by_log_deviation = _log_bin_gradient(center, _width(half, root), value < lowest, value > highest)
+        by_center, by_log_deviation = _log_bin_gradient(center, half * root * root, value < lowest, value > highest)
         by_x = -g * by_center * root * root
         by_scale = -g * by_log_deviation
     else:
@@ -197,9 +227,7 @@ def _mills(t):
     (1 + t) times it, a smooth function of (t - 4) / (t + 4) on [-1, 1], as a polynomial interpolated in Chebyshev's
     points (relative error 9e-9).
     """
-    # Beyond, the function is 1; infinity over infinity is none.
-    near = tl.where(t < 1e9, t, 1e9)
-    q = (near - 4.0) / (near + 4.0)
+    q = (t - 4.0) / (t + 4.0)
     s = -0.00021554937120527029 + q * (-0.00014542572898790240 + q * 3.2810898119350895e-05)
     s = -0.012501930817961693 + q * (-0.00072648067725822330 + q * (0.0016664087306708097 + q * s))
     s = 0.071690276265144348 + q * (-0.080716498196125031 + q * (0.044961545616388321 + q * s))
@@ -226,13 +254,6 @@ def _quadrature(c, h):
     a = 0.9739065285171717 * h
     total += 0.0666713443086881 * (tl.exp(a * (c - 0.5 * a)) + tl.exp(-a * (c + 0.5 * a)))
     return total
-
-
-@triton.jit
-def _width(half, root):
-    """Half the width of a bin by the deviation: finite, for products with 0."""
-    width = half * root * root
-    return tl.where(width > 1e30, 1e30, width)
 
 
 @triton.jit
@@ -292,12 +313,9 @@ def _log_bin_gradient(center, half, lower, upper):
     small = tl.where(tl.abs(log_ratio) < 1.0, log_ratio, 0.0)
     expm1 = tl.where(tl.abs(log_ratio) < 1.0, small + small * small * _excess(small), ratio - 1.0)
     wide_center = tl.where(lower, A, tl.where(upper, -A, tl.where(center < 0.0, -A, A) * expm1))
-    # An edge at infinity has no density: its product is 0.
-    near_term = tl.where(near < -1e9, 0.0, near * A)
     B = tl.where(near > 0.0, A * ratio, tl.where(inside, _density(far) / mass, 0.0))
-    far_term = tl.where(far > 1e9, 0.0, far * B)
     return tl.where(narrow, tl.where(center < 0.0, -narrow_center, narrow_center), wide_center), tl.where(
-        narrow, narrow_deviation, near_term - far_term
+        narrow, narrow_deviation, near * A - far * B
     )
 
 

@@ -218,7 +218,7 @@ def test_narrow_and_wide_bins_at_their_ends() -> None:
     """A deviation of next to nothing or without end: the log of a density, 0, or what remains, never NaN."""
     x = torch.tensor([-1.0, 0.0, 1.0, 0.0, 1.0]).view(-1, 1)
     mean = torch.tensor([0.0, 0.0, 0.0, 0.4, 0.4]).view(-1, 1)
-    for log_std in (-60.0, -30.0, 30.0, 60.0):
+    for log_std in (-300.0, -100.0, -60.0, -30.0, 30.0, 60.0, 80.0):
         scale = torch.full((5, 1), log_std)
         nll = kernels.discretized_gaussian_nll(x, mean, scale, 1, True, 3)
         exact = reference.discretized_gaussian_nll(x.double(), mean.double(), scale.double(), 1, True, 3)[0]

@@ -203,13 +203,14 @@ inline Term<T> discretized(const Nll<T>& p, Vec<T> x, Vec<T> mean, Vec<T> scale)
     const Upper<T> near(at - width), far(at + width);
     const Vec<T> product = T(-2) * at * width;
     // Q(far) / Q(near) = phi(far) / phi(near) hazard(near) / hazard(far)
-    const Vec<T> quotient = exp_wide<T>(product) * near.hazard / far.hazard, rest = one - quotient;
+    // It is below 0.2 where a bin is wide.
+    const Vec<T> quotient = wide ? exp_wide<T>(product) * near.hazard / far.hazard : Vec<T>{}, rest = one - quotient;
     if constexpr (gradients) {
       const Vec<T> below = near.hazard, above = far.hazard * quotient;
       by_center = wide ? (above - below) / rest : by_center;
       h_by_half = wide ? width * (above + below) / rest : h_by_half;
     } else {
-      log = wide ? near.log + logarithm(rest) : log;
+      log = wide ? near.log + log_less(quotient) : log;
     }
   }
   if constexpr (gradients) by_center = center < 0 ? -by_center : by_center;

@@ -32,10 +32,13 @@ void pack(const Quantize<T>& p, const Packed<T>& to, int64_t begin, int64_t end)
     const auto code = [&](int64_t c) { return first + c < p.codes ? p.codebook + (first + c) * p.dim : nullptr; };
     pack_columns<T>(kPanel<T>, p.dim, code, to.panels + first * p.dim);
     for (int64_t c = 0; c < kPanel<T>; ++c) {
-      T square = 0;
       const T* e = code(c);
-      for (int64_t d = 0; e != nullptr && d < p.dim; ++d) square += e[d] * e[d];
-      to.half[first + c] = e != nullptr ? square / 2 : std::numeric_limits<T>::infinity();
+      Vec<T> squares{};
+      for (int64_t d = 0; e != nullptr && d < p.dim; d += kLanes<T>) {
+        const Vec<T> v = load_upto(e + d, p.dim - d);
+        squares += v * v;
+      }
+      to.half[first + c] = e != nullptr ? sum<T>(squares) / 2 : std::numeric_limits<T>::infinity();
     }
   }
 }
@@ -117,21 +120,26 @@ void quantize(const Quantize<T>& p, char* workspace, const Executor& executor) {
   parallel_ranges(executor, p.count, least, [&](int64_t begin, int64_t end) { nearest(p, codes, begin, end); });
 }
 
-// Sums over rows by code. The threads share the columns, not the rows: every sum is in the order of the rows.
+// out[k] = the sum of what add(row, from, to, sums of the row's code) adds, in double: a code may be taken by millions
+// of vectors. The threads share the columns, not the rows: every sum is in the order of the rows.
 template <class T, class Add>
-void by_code(const Executor& executor, int64_t count, int64_t codes, int64_t dim, T* sums, Add add) {
+void by_code(const Executor& executor, int64_t count, int64_t codes, int64_t dim, const int64_t* indices, double* sums,
+             T* out, Add add) {
   const int64_t slices = ceil_div(dim, kLanes<T>);
   parallel_ranges(executor, slices, ceil_div(32768, maximum(count * kLanes<T>, 1)), [&](int64_t begin, int64_t end) {
     const int64_t from = begin * kLanes<T>, to = minimum(end * kLanes<T>, dim);
     for (int64_t k = 0; k < codes; ++k) {
       for (int64_t d = from; d < to; ++d) sums[k * dim + d] = 0;
     }
-    for (int64_t row = 0; row < count; ++row) add(row, from, to);
+    for (int64_t row = 0; row < count; ++row) add(row, from, to, sums + indices[row] * dim);
+    for (int64_t k = 0; k < codes; ++k) {
+      for (int64_t d = from; d < to; ++d) out[k * dim + d] = static_cast<T>(sums[k * dim + d]);
+    }
   });
 }
 
 template <class T>
-void quantize_backward(const QuantizeBackward<T>& p, char*, const Executor& executor) {
+void quantize_backward(const QuantizeBackward<T>& p, char* workspace, const Executor& executor) {
   constexpr int L = kLanes<T>;
   if (p.grad_x != nullptr) {
     parallel_ranges(executor, p.count, ceil_div(16384, maximum(p.dim, 1)), [&](int64_t begin, int64_t end) {
@@ -149,24 +157,26 @@ void quantize_backward(const QuantizeBackward<T>& p, char*, const Executor& exec
     });
   }
   if (p.grad_codebook == nullptr) return;
-  by_code(executor, p.grad_loss != nullptr ? p.count : 0, p.codes, p.dim, p.grad_codebook,
-          [&](int64_t row, int64_t from, int64_t to) {
-            const int64_t code = p.indices[row] * p.dim;
+  by_code(executor, p.grad_loss != nullptr ? p.count : 0, p.codes, p.dim, p.indices,
+          reinterpret_cast<double*>(workspace), p.grad_codebook,
+          [&](int64_t row, int64_t from, int64_t to, double* sums) {
+            const T *e = p.codebook + p.indices[row] * p.dim, *x = p.x + row * p.dim;
             const T weight = 2 * p.codebook_weight * p.grad_loss[row];
-            for (int64_t d = from; d < to; ++d) {
-              p.grad_codebook[code + d] += weight * (p.codebook[code + d] - p.x[row * p.dim + d]);
-            }
+            for (int64_t d = from; d < to; ++d) sums[d] += static_cast<double>(weight * (e[d] - x[d]));
           });
 }
 
 template <class T>
-void quantize_statistics(const QuantizeStatistics<T>& p, char*, const Executor& executor) {
-  for (int64_t k = 0; k < p.codes; ++k) p.counts[k] = 0;
-  for (int64_t row = 0; row < p.count; ++row) p.counts[p.indices[row]] += 1;
-  by_code(executor, p.count, p.codes, p.dim, p.sums, [&](int64_t row, int64_t from, int64_t to) {
-    T* sums = p.sums + p.indices[row] * p.dim;
-    for (int64_t d = from; d < to; ++d) sums[d] += p.x[row * p.dim + d];
-  });
+void quantize_statistics(const QuantizeStatistics<T>& p, char* workspace, const Executor& executor) {
+  double* sums = reinterpret_cast<double*>(workspace);
+  double* counts = sums + p.codes * p.dim;
+  for (int64_t k = 0; k < p.codes; ++k) counts[k] = 0;
+  for (int64_t row = 0; row < p.count; ++row) counts[p.indices[row]] += 1;
+  for (int64_t k = 0; k < p.codes; ++k) p.counts[k] = static_cast<T>(counts[k]);
+  by_code(executor, p.count, p.codes, p.dim, p.indices, sums, p.sums,
+          [&](int64_t row, int64_t from, int64_t to, double* into) {
+            for (int64_t d = from; d < to; ++d) into[d] += static_cast<double>(p.x[row * p.dim + d]);
+          });
 }
 
 }  // namespace
@@ -180,11 +190,16 @@ KernelOf<Quantize<T>> quantize_kernel() {
 }
 template <class T>
 KernelOf<QuantizeBackward<T>> quantize_backward_kernel() {
-  return {[](const QuantizeBackward<T>&, int) { return size_t{0}; }, &quantize_backward<T>};
+  return {[](const QuantizeBackward<T>& p, int) {
+            return p.grad_codebook != nullptr ? static_cast<size_t>(p.codes * p.dim) * sizeof(double) : size_t{0};
+          },
+          &quantize_backward<T>};
 }
 template <class T>
 KernelOf<QuantizeStatistics<T>> quantize_statistics_kernel() {
-  return {[](const QuantizeStatistics<T>&, int) { return size_t{0}; }, &quantize_statistics<T>};
+  return {
+      [](const QuantizeStatistics<T>& p, int) { return static_cast<size_t>(p.codes * (p.dim + 1)) * sizeof(double); },
+      &quantize_statistics<T>};
 }
 template KernelOf<Quantize<float>> quantize_kernel<float>();
 template KernelOf<Quantize<double>> quantize_kernel<double>();

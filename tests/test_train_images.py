@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,11 +23,14 @@ pytest.importorskip("lightning")
 pytest.importorskip("PIL")
 
 from genfuse.train import Stopped, UserError, images
-from genfuse.train.checkpoint import load_any, load_image_model, load_model
+from genfuse.train.base_module import Plan, TrainingModule
+from genfuse.train.callbacks import Recorder
+from genfuse.train.checkpoint import IMAGES, load_any, load_image_model, load_model
 from genfuse.train.grids import draw_samples, grid
 from genfuse.train.image_module import HeldOutImages, ImagePlan
 from genfuse.train.image_run import bits_per_dim, evaluate_images, sample_images, score, train_image_model
 from genfuse.train.images import ImageBatches, ImageData, Images, binarise, load_images
+from genfuse.train.measure import Measure
 from genfuse.train.order import BatchOrder
 from genfuse.train.settings import HierarchicalVAESettings, VAESettings, VQVAESettings
 from PIL import Image
@@ -332,6 +337,9 @@ def test_split() -> None:
         ImageData(Images("two", RANDOM[:, None], test=RANDOM[:, None]), 0.1, 0, False)
 
 
+BITS = ((5, 0), (5, 1), (5, 40), (6, 0))  # seeds and steps
+
+
 def test_batches_are_a_function_of_the_step() -> None:
     data = ImageData(load_images("digits"), None, split_seed=0, binary=True)
     order = BatchOrder(len(data.train), 100, seed=5)
@@ -355,6 +363,10 @@ def test_batches_are_a_function_of_the_step() -> None:
     assert sum(torch.equal(*pair) for pair in later) < 0.02 * len(later)
     old, new = (torch.stack(part).mean((0, 1)) for part in zip(*later, strict=True))
     assert (old - new).abs().max() < 0.1
+    half = ImageData(Images("half", np.full((200, 1, 8, 8), 8, np.uint8), levels=17), None, 0, True)
+    read = [ImageBatches(half, BatchOrder(180, 100, seed=seed)).read(step, slice(0, 100)) for seed, step in BITS]
+    for left, right in itertools.combinations(read, 2):  # of independent bits half agree
+        assert 0.45 < (left == right).float().mean() < 0.55
     grey = ImageBatches(ImageData(load_images("digits"), None, 0, False), order).read(0, slice(0, 100))
     assert len(grey.unique()) == 17
     assert grey.max() == 1.0
@@ -473,13 +485,53 @@ def test_the_last_stage_decides_what_is_saved(whole: Callable[[str], Path]) -> N
     folder = whole("vqvae")
     assert history(folder)["best"][0] > 2 * STEPS_PER_EPOCH
     assert [step for step, _ in history(folder)["held_out"]] == [11, 22, 33, 44]
-    state = checkpoint(folder)["optimizer_states"][0]["state"]
-    steps = {float(entry["step"]) for entry in state.values()}
+    assert [step for step, _ in history(folder)["train"]] == [10, 20, 22, 30, 40, 44]  # no mean of both losses
+    optimizer = checkpoint(folder)["optimizer_states"][0]
+    prior = sum(name.startswith("model.prior.") for name in checkpoint(folder)["state_dict"])
+    rates = [group["initial_lr"] for group in optimizer["param_groups"] for _ in group["params"]]
+    assert (rates.count(3e-3), set(rates)) == (prior, {1e-2, 3e-3})
+    steps = {float(entry["step"]) for entry in optimizer["state"].values()}
     assert steps == {22.0}  # every parameter was trained in its stage, and in that alone
     first = load_file(folder / "model.safetensors")
     for name, value in checkpoint(folder)["state_dict"].items():
         if not name.startswith("model.prior."):
             assert torch.equal(first[name.removeprefix("model.")], value), name  # the autoencoder stood still
+
+
+def test_each_stage_has_a_best_model_of_its_own(tmp_path: Path) -> None:
+    """Later losses of the same stage must be lower, but not those of the next stage, which are of something else."""
+    settings = VQVAESettings()
+    plan = Plan([2, 2], evaluate_every=1)
+    measures = [Measure("nats", "nats", 1.0, "", "images", "images", 1, stage) for stage in ("first", "second")]
+    config = {"format": IMAGES.name, "model": "VQVAE", "arguments": {}}
+    recorder = Recorder(tmp_path, config, plan, 100, measures, lambda line: None)
+    module = TrainingModule(torch.nn.Linear(1, 1), settings, plan)
+    strategy = SimpleNamespace(lightning_module_state_dict=lambda: {"model.weight": torch.zeros(1)})
+    trainer: Any = SimpleNamespace(logger=None, strategy=strategy, is_global_zero=True, world_size=1)
+    trainer.save_checkpoint = lambda path: None
+    best = []
+    for trainer.global_step, module.held_out in ((1, 5.0), (2, 6.0), (3, 9.0), (4, 8.0)):
+        recorder.on_validation_end(trainer, module)
+        assert recorder.best is not None
+        best.append(recorder.best[0])
+    assert best == [1, 1, 3, 4]
+
+
+def test_kl_warmup(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from genfuse.models import VAE
+
+    seen: list[float] = []
+    original = VAE.loss
+
+    def loss(self: Any, *arguments: Any, **options: Any) -> Any:
+        seen.append(self.beta)
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(VAE, "loss", loss)
+    train("vae", digits, tmp_path, beta=0.5, kl_warmup=1.0)
+    assert seen == pytest.approx([0.5 * min(1.0, (step + 1) / STEPS_PER_EPOCH) for step in range(2 * STEPS_PER_EPOCH)])
+    assert HierarchicalVAESettings(epochs=60).warmup_epochs == 20.0
+    assert HierarchicalVAESettings(epochs=60, kl_warmup=7.0).warmup_epochs == 7.0
 
 
 @pytest.mark.parametrize(("name", "at"), [("vae", 13), ("hvae", 6), ("vqvae", 9), ("vqvae", 22), ("vqvae", 30)])

@@ -1,6 +1,7 @@
-"""Training: text as data, Lightning around the models, checkpoints that survive a kill, and the command line.
+"""Training: text and images as data, Lightning around the models, checkpoints that survive a kill, the command line.
 
-`genfuse.train.run` has what the ``genfuse`` command does, for scripts. Needs the ``[train]`` extra.
+`genfuse.train.run` (language models) and `genfuse.train.image_run` have what the ``genfuse`` command does, for scripts.
+Needs the ``[train]`` extra.
 """
 
 from __future__ import annotations

@@ -131,17 +131,12 @@ class ImageModule(TrainingModule):
 class VQVAEModule(ImageModule):
     """Stage 0 trains the autoencoder, stage 1 the prior over its codes, with the autoencoder as it then is.
 
-    The losses are those of the stage: reconstruction plus commitment, then ``-log p(codes)``.
+    The losses are those of the stage: reconstruction plus commitment, then ``-log p(codes)``. Neither touches the
+    parameters of the other, nor does the second the codebook.
     """
 
     def _stage(self) -> int:
         return self.plan.stage(self.global_step)
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        super().on_train_batch_start(batch, batch_idx)
-        stage = self._stage()
-        self.model.train(stage == 0)  # in training the codebook follows what is encoded
-        self.model.prior.train(stage == 1)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss: Tensor = self.model.loss(batch) if self._stage() == 0 else self.model.prior_loss(batch)

@@ -38,7 +38,7 @@ ARRAYS = ("images", "x_train", "train_images", "train", "x", "data", "arr_0")  #
 TEST_ARRAYS = ("x_test", "test_images", "test")  # and of those to hold out
 WHOLE_SPACE = 2**63  # above every epoch's number: keys for what is drawn per step
 
-SEED_OF_HELD_OUT_BITS = WHOLE_SPACE - 1
+NUMBER_OF_HELD_OUT_BITS = WHOLE_SPACE - 1
 
 
 @dataclass(frozen=True)
@@ -376,6 +376,11 @@ def _grey(pixels: Pixels) -> Pixels:
 # What a run sees of them.
 
 
+def _generator(seed: int, number: int) -> np.random.Generator:
+    """NumPy's counter-based Philox, keyed by two numbers of 64 bits (which a list of them would make floats of)."""
+    return np.random.Generator(np.random.Philox(key=np.array([seed, number], np.uint64)))
+
+
 def binarise(pixels: Pixels, levels: int, random: np.random.Generator) -> Pixels:
     """Bits: a pixel of value v is 1 with probability ``v / (levels - 1)``, exactly."""
     if levels == 2:
@@ -421,8 +426,7 @@ class ImageData:
             number = len(source.pixels)
             if number < 2:
                 raise UserError(f"{source.name} is too small: it has {number} image, and at least 2 are needed.")
-            random = np.random.Generator(np.random.Philox(key=[split_seed, 0]))
-            order = random.permutation(number)
+            order = _generator(split_seed, 0).permutation(number)
             cut = min(max(round(number * (0.1 if held_out is None else held_out)), 1), number - 1)
             kept, self.train = source.pixels[np.sort(order[:cut])], source.pixels[np.sort(order[cut:])]
             self.split = f"drawn with seed {split_seed}"
@@ -432,7 +436,7 @@ class ImageData:
 def as_model_sees(pixels: Pixels, levels: int, seed: int | None) -> Tensor:
     """Float32 in [0, 1]; where `seed` is given, bits that are drawn with it."""
     if seed is not None:
-        pixels = binarise(pixels, levels, np.random.Generator(np.random.Philox(key=[seed, SEED_OF_HELD_OUT_BITS])))
+        pixels = binarise(pixels, levels, _generator(seed, NUMBER_OF_HELD_OUT_BITS))
         levels = 2
     return torch.from_numpy(pixels.astype(np.float32) / (levels - 1))
 
@@ -457,6 +461,5 @@ class ImageBatches:
         pixels, levels = data.train[self.order.rows(step)], data.levels
         if data.binary:
             # For the whole batch, so that the bits do not depend on how many processes share it.
-            random = np.random.Generator(np.random.Philox(key=[self.order.seed, WHOLE_SPACE + step]))
-            pixels, levels = binarise(pixels, levels, random), 2
+            pixels, levels = binarise(pixels, levels, _generator(self.order.seed, WHOLE_SPACE + step)), 2
         return torch.from_numpy(pixels[rows].astype(np.float32) / np.float32(levels - 1))

@@ -1,6 +1,8 @@
 // Elementary functions for vectors beyond simd.h: logarithms, and exponentials over the whole range of the type.
 #pragma once
 
+#include <limits>
+
 #include "common/simd.h"
 
 #if defined(__SSE2__)
@@ -135,6 +137,12 @@ struct WideExp {
 template <class T>
 GENFUSE_HD Vec<T> exp_wide(Vec<T> x) {
   return WideExp<T>(x).value;
+}
+
+// e^x, but the largest number where it is infinite: a factor of what may be 0.
+template <class T>
+GENFUSE_HD Vec<T> finite_exp(Vec<T> x) {
+  return within(exp_wide<T>(x), T(0), std::numeric_limits<T>::max());
 }
 
 }  // namespace GENFUSE_ISA

@@ -116,7 +116,7 @@ GENFUSE_HD Term<T> bernoulli(Vec<T> logit, Vec<T> target) {
 template <class T, bool gradients>
 GENFUSE_HD Term<T> gaussian(const Nll<T>& p, Vec<T> x, Vec<T> mean, Vec<T> scale) {
   const Vec<T> log_deviation = p.log_std ? scale : T(0.5) * scale;
-  const Vec<T> inverse = exp_wide<T>(-log_deviation), distance = (x - mean) * inverse;
+  const Vec<T> inverse = finite_exp<T>(-log_deviation), distance = (x - mean) * inverse;
   Term<T> t{};
   if constexpr (gradients) {
     t.by_first = distance * inverse;
@@ -167,7 +167,8 @@ inline Term<T> discretized(const Nll<T>& p, Vec<T> x, Vec<T> mean, Vec<T> scale)
   const T half = p.half_bin;
   const Vec<T> one = broadcast(T(1));
   const Vec<T> log_deviation = p.log_std ? scale : T(0.5) * scale;
-  const Vec<T> inverse = exp_wide<T>(-log_deviation);
+  // Bounded so that a tail's argument is a number, and its square still infinite.
+  const Vec<T> inverse = within(exp_wide<T>(-log_deviation), T(0), sizeof(T) == 4 ? T(1e30) : T(1e250));
   const Vec<T> center = (x - mean) * inverse, c = absolute<T>(center), h = half * inverse;
   const I lower = x<T(-1) + half, upper = x> T(1) - half, edge = lower | upper;
   const I narrow = (h * (T(1) + c) < T(1)) & ~edge, wide = ~narrow & ~edge;

@@ -74,7 +74,7 @@ GENFUSE_HD void find_terms(const Gaussian<T>& p, Vec<T> mean, Vec<T> scale, cons
   } else {
     const Vec<T> prior = fetch<whole>(prior_scale, left), prior_log_std = p.log_std ? prior : T(0.5) * prior;
     h = log_std - prior_log_std;
-    t.inverse = exp_wide<T>(-prior_log_std);
+    t.inverse = finite_exp<T>(-prior_log_std);
     t.distance = t.distance * t.inverse;
     if (wants_std) t.std = exp_wide<T>(log_std);
     const WideExp<T> e(h);

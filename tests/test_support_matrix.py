@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from genfuse import backends, ops
+from genfuse import _native, backends, ops
+from genfuse.ops import operator
 from genfuse.ops import recurrent as recurrent_ops
+from operator_cases import VARIANTS, make
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- support-matrix -->", "<!-- /support-matrix -->"
@@ -22,8 +24,9 @@ def test_readme_shows_the_support_matrix() -> None:
 
 def test_every_public_op_has_kernels_and_a_reference() -> None:
     rows = backends.support_matrix()
-    assert {row["op"] for row in rows} == set(ops.__all__)
-    for op in ops.__all__:
+    public = {name for name in ops.__all__ if not isinstance(getattr(ops, name), type)}  # VectorQuantized is a result
+    assert {row["op"] for row in rows} == public
+    for op in public:
         kernels = backends.kernels_of(op)
         assert kernels[-1].backend == "reference"
         assert kernels[-1].devices == ()
@@ -79,6 +82,23 @@ def test_without_the_native_library_the_reference_serves(op: str, monkeypatch: p
         getattr(ops, op)(*arguments)
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_without_the_native_library_the_reference_serves_other_operators(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = make(name)
+    expected = problem.results("reference")
+    monkeypatch.setattr(operator, "on_cpu", False)
+    monkeypatch.setattr(_native, "error", lambda: "genfuse was built or installed without the CPU operators")
+    explanation = backends.explain(name, **problem.inputs, **problem.options)
+    assert explanation.backend == "reference"
+    assert "without the CPU operators" in explanation.candidates[0].reason
+    for ours, theirs in zip(problem.results(), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    with pytest.raises(RuntimeError, match="cannot run on backend 'native'"):
+        problem.results("native")
+
+
 @pytest.mark.parametrize("row", backends.support_matrix(), ids=lambda row: f"{row['op']}-{row['backend']}")
 def test_every_row_holds(row: dict[str, str]) -> None:
     """What the matrix says of this machine's devices is so: each dtype of each proven kernel runs."""
@@ -89,6 +109,15 @@ def test_every_row_holds(row: dict[str, str]) -> None:
         if row["op"].startswith("philox"):
             with backends.use_backend(row["backend"]):
                 assert getattr(ops, row["op"])((3, 5), 1, dtype=dtype).dtype == dtype
+            continue
+        if row["op"] in VARIANTS:
+            assert all(result.isfinite().all() for result in make(row["op"], dtype=dtype).results(row["backend"]))
+            continue
+        if row["op"] in ("categorical_sample", "vector_quantize_statistics"):
+            x = torch.zeros(2, 3, dtype=dtype)
+            with backends.use_backend(row["backend"]):
+                drawn = ops.categorical_sample(x)
+                assert ops.vector_quantize_statistics(x, drawn, 3)[0].sum() == 2
             continue
         if row["op"] == "linear_cross_entropy":
             arguments: tuple[object, ...] = (

@@ -15,7 +15,7 @@ from torch import Tensor
 from genfuse.reference import likelihood as reference
 
 from .operator import Operator, on_cpu, under_autocast
-from .sampling import check_batch_dims, check_tensor, common_shape, rows_shape, scale_of, spread, wide_dtype
+from .sampling import check_batch_dims, check_tensor, common_shape, rows_shape, same_shape, scale_of, spread, wide_dtype
 
 __all__ = ["bernoulli_nll", "discretized_gaussian_nll", "gaussian_nll"]
 
@@ -110,7 +110,7 @@ def _gaussian(
     check_tensor(op, "mean", mean, ("x", x))
     scale = check_tensor(op, name, scale, ("x", x))
     shape = common_shape(op, ("x", x), ("mean", mean))
-    if scale.shape != shape:
+    if not same_shape(scale.shape, shape):
         shape = common_shape(op, ("x and mean", mean.expand(shape)), (name, scale))
     x, mean = spread(op, "x", x, shape, "mean"), spread(op, "mean", mean, shape, "x")
     scale = spread(op, name, scale, shape, "x")

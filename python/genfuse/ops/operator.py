@@ -398,7 +398,8 @@ def widened(device_type: str, *tensors: Any) -> tuple[Any, ...]:
 
 def under_autocast(subject: object, *tensors: Any) -> tuple[Any, ...]:
     """The tensors as autocast wants them, if it is on for the subject's device."""
-    if isinstance(subject, Tensor) and torch.is_autocast_enabled(subject.device.type):
+    # Of a device without autocast, as meta, torch does not take the question.
+    if isinstance(subject, Tensor) and not subject.is_meta and torch.is_autocast_enabled(subject.device.type):
         return widened(subject.device.type, *tensors)
     return tensors
 
@@ -419,10 +420,12 @@ def vmap_by_loop(op: Any) -> Callable[..., Any]:
 
     def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
         def example(index: int) -> list[Any]:
-            return [
+            chosen = [
                 argument if dim is None or argument is None else argument.select(dim, index)
                 for argument, dim in zip(arguments, in_dims, strict=True)
             ]
+            # A random pair must be contiguous; what is broadcast must not be copied.
+            return [a.contiguous() if isinstance(a, Tensor) and a.dtype == torch.int64 else a for a in chosen]
 
         if info.batch_size == 0:  # the shapes of one example that is not there
             one = [

@@ -4,7 +4,8 @@ Element ``e`` of the stream ``(seed, offset)`` is a function of those three alon
 thread count or block size, and whatever used it can be drawn again instead of being kept. The contract is in
 docs/random.md, the definition in `genfuse.reference.sampling`. The five `philox_*` are one registered operator,
 `torch.ops.genfuse.philox_(out, rng, noise)`, which fills a tensor in the order of its elements; the others are one
-operator each (the Gaussian functions one together), with the rules of `operator.py`.
+operator each (the Gaussian functions one together), with the rules of `operator.py`. What is broadcast is expanded by
+torch, and its gradient summed by torch: the one place where last bits may depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -343,9 +344,16 @@ def check_batch_dims(op: str, batch_dims: object, name: str, dims: int) -> int:
     return batch_dims
 
 
+def same_shape(first: torch.Size, second: torch.Size) -> bool:
+    """Their equality; Python compares the elements of tuples of two lengths, too, and torch.export would hold them to
+    being unequal.
+    """
+    return len(first) == len(second) and first == second
+
+
 def spread(op: str, name: str, value: Tensor, shape: torch.Size, like: str) -> Tensor:
     """A tensor expanded to a shape that it must broadcast to."""
-    if value.shape == shape:
+    if same_shape(value.shape, shape):
         return value
     try:
         return value.expand(shape)
@@ -356,7 +364,7 @@ def spread(op: str, name: str, value: Tensor, shape: torch.Size, like: str) -> T
 
 
 def common_shape(op: str, first: tuple[str, Tensor], second: tuple[str, Tensor]) -> torch.Size:
-    if first[1].shape == second[1].shape:
+    if same_shape(first[1].shape, second[1].shape):
         return first[1].shape
     try:
         return torch.Size(torch.broadcast_shapes(first[1].shape, second[1].shape))  # type: ignore[no-untyped-call]
@@ -381,14 +389,14 @@ def check_rng(op: str, like: Tensor, generator: object, rng: object) -> Tensor:
         raise RuntimeError(f"{op}: rng must be [2], the pair (seed, offset); got {list(rng.shape)}")
     if rng.device != like.device:
         raise RuntimeError(f"{op}: rng must be on {like.device}; got {rng.device}")
-    return rng
+    return rng.contiguous()
 
 
 def check_noise(op: str, name: str, noise: object, like: tuple[str, Tensor]) -> Tensor | None:
     if noise is None:
         return None
     found = check_tensor(op, name, noise, like)
-    if found.shape != like[1].shape:
+    if not same_shape(found.shape, like[1].shape):
         raise RuntimeError(
             f"{op}: {name} must have the shape {list(like[1].shape)} of {like[0]}, got {list(found.shape)}"
         )
@@ -658,7 +666,7 @@ def gumbel_softmax(
     Args:
         logits: unnormalised log-probabilities, any shape and strides; -inf is a class that cannot be drawn. float32,
             float64, bfloat16 or float16 (computed in float32).
-        tau: temperature, above 0.
+        tau: temperature, above 0. (torch.compile compiles anew for each value, as of any operator's float.)
         hard: return the one-hot argmax (the first, if several), with the gradient of the soft sample.
         dim: the dimension of the classes.
         noise: standard Gumbel numbers of logits' shape, instead of drawn ones; differentiable.
@@ -779,7 +787,7 @@ def categorical_sample(
         TypeError: an argument is of the wrong type.
         ValueError: a dtype that is not floating; num_samples is negative; u is not in [0, 1).
         RuntimeError: u or rng do not fit; V is 0; a row is no distribution: it has NaN or +inf, or nothing but -inf.
-            (On a GPU, under a transform and in the reference nobody waits to see: such a row gives -1.)
+            (On a GPU and in the reference nobody waits to see: such a row gives -1.)
 
     Example:
         >>> categorical_sample(torch.tensor([0.0, -float("inf"), 0.0]), u=torch.tensor(0.5))

@@ -138,7 +138,8 @@ def _exp_less_tangent(d: Tensor) -> Tensor:
     series = torch.ones_like(t)
     for k in range(16, 2, -1):
         series = 1.0 + t / k * series
-    return torch.where(near, 0.5 * t.square() * series, torch.expm1(d) - d)
+    # Infinity less infinity is no number; where d is cut, the first is infinite already.
+    return torch.where(near, 0.5 * t.square() * series, torch.expm1(d) - d.clamp(max=1e3))
 
 
 def gaussian(
@@ -277,11 +278,11 @@ def vector_quantize(
         tensor([1])
     """
     wide, codes = widen(x), widen(codebook)
-    flat = wide.detach().reshape(-1, wide.size(-1))
+    flat = wide.detach().reshape(math.prod(wide.shape[:-1]), wide.size(-1))
     with torch.no_grad():
         # |x - e|^2 / 2 less what all codes share.
         distances = 0.5 * codes.square().sum(-1) - flat @ codes.T
-        nearest, indices = distances.nan_to_num(nan=math.inf, neginf=math.inf).min(-1)
+        nearest, indices = distances.nan_to_num(nan=math.inf, posinf=math.inf, neginf=math.inf).min(-1)
         lost = ~nearest.isfinite()
         indices = indices.masked_fill(lost, 0).view(wide.shape[:-1])
         lost = lost.view(*wide.shape[:-1], 1)
@@ -302,7 +303,7 @@ def vector_quantize_statistics(x: Tensor, indices: Tensor, num_codes: int) -> tu
                 [5.],
                 [0.]]))
     """
-    wide = widen(x).reshape(-1, x.size(-1))
+    wide = widen(x).reshape(indices.numel(), x.size(-1))
     flat = indices.reshape(-1)
     counts = wide.new_zeros(num_codes).index_add(0, flat, wide.new_ones(flat.numel()))
     return counts, wide.new_zeros(num_codes, wide.size(-1)).index_add(0, flat, wide)

@@ -150,6 +150,24 @@ def test_gaussians_of_any_width(backend: str, logvar: float) -> None:
 
 
 @both
+@pytest.mark.parametrize("log_std", [-100.0, -1000.0])
+def test_a_mean_that_is_met_exactly_by_no_width(backend: str, log_std: float) -> None:
+    """Whose inverse deviation is infinite: nothing times that is nothing."""
+    leaf, scale = torch.full((3, 2), 0.2, requires_grad=True), torch.full((3, 2), log_std, requires_grad=True)
+    with genfuse.use_backend(backend):
+        nll = ops.gaussian_nll(torch.full((3, 2), 0.2), leaf, log_std=scale)
+        bins = ops.discretized_gaussian_nll(torch.full((3, 2), 0.2), leaf, log_std=scale, levels=11)
+        beside = ops.discretized_gaussian_nll(torch.full((3, 2), 0.4), leaf, log_std=scale, levels=11)
+    close(nll, torch.full((3,), 2 * (log_std + 0.5 * math.log(2 * math.pi))))
+    assert bins.tolist() == [0.0, 0.0, 0.0]
+    assert beside.tolist() == [INF, INF, INF]
+    by_mean, by_scale = torch.autograd.grad(nll.sum(), (leaf, scale))
+    assert not bool(by_mean.any())
+    close(by_scale, torch.ones(3, 2))
+    assert not any(bool(g.any()) for g in torch.autograd.grad(bins.sum(), (leaf, scale)))
+
+
+@both
 @pytest.mark.parametrize("log_std", [-12.0, -9.0, -7.0, -5.0, -3.0, -1.0, 0.0, 2.0, 5.0])
 @pytest.mark.parametrize("levels", [2, 3, 256, 1000])
 def test_the_levels_probabilities_sum_to_one(backend: str, log_std: float, levels: int) -> None:

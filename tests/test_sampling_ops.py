@@ -203,6 +203,20 @@ def test_nothing_overflows_that_the_mathematics_does_not(backend: str, parametri
 
 
 @both
+@pytest.mark.parametrize("log_std", [-100.0, -150.0, -1000.0])
+def test_a_mean_met_exactly_by_a_prior_of_no_width(backend: str, log_std: float) -> None:
+    """Whose inverse deviation is infinite: nothing times that is nothing."""
+    leaves = [torch.full((3, 1), value).requires_grad_() for value in (0.7, log_std, 0.7)]
+    prior = torch.full((3, 1), log_std)
+    with genfuse.use_backend(backend):
+        kl = ops.gaussian_kl(leaves[0], prior_mean=leaves[2], log_std=leaves[1], prior_log_std=prior)
+        apart = ops.gaussian_kl(leaves[0] + 1.0, prior_mean=leaves[2], log_std=leaves[1], prior_log_std=prior)
+    assert kl.tolist() == [0.0, 0.0, 0.0]
+    assert bool((apart > 1e38 / 4).all())
+    assert not any(bool(g.any()) for g in torch.autograd.grad(kl.sum(), leaves))
+
+
+@both
 def test_infinite_log_variances(backend: str) -> None:
     """A variance of 0 or infinity is infinitely far from the prior, and no NaN."""
     logvar = torch.tensor([-INF, INF])

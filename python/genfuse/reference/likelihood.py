@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .sampling import widen
+from .sampling import finite_exp, widen
 
 __all__ = ["bernoulli_nll", "discretized_gaussian_nll", "gaussian_nll", "log_normal_interval"]
 
@@ -43,7 +43,7 @@ def gaussian_nll(x: Tensor, mean: Tensor, scale: Tensor, batch_dims: int, log_st
     """
     x, mean, scale = widen(x), widen(mean), widen(scale)
     log_deviation = scale if log_std else 0.5 * scale
-    each = 0.5 * math.log(2.0 * math.pi) + log_deviation + 0.5 * ((x - mean) * torch.exp(-log_deviation)).square()
+    each = 0.5 * math.log(2.0 * math.pi) + log_deviation + 0.5 * ((x - mean) * finite_exp(-log_deviation)).square()
     return (_sum_rows(each, batch_dims),)
 
 
@@ -83,7 +83,8 @@ def log_normal_interval(center: Tensor, half: Tensor) -> Tensor:
     by_quadrature = by_quadrature - 0.5 * c.square() - 0.5 * math.log(2.0 * math.pi)
     c, h = torch.where(narrow, 0.0, distance), torch.where(narrow, 1.0, half)
     near, far = _log_upper(c - h), _log_upper(c + h)
-    by_tails = near + torch.log1p(-torch.exp(far - near))
+    ratio = torch.where(near == -math.inf, 0.0, torch.exp(far - near))
+    by_tails = near + torch.log1p(-ratio)
     return torch.where(narrow, by_quadrature, by_tails)
 
 
@@ -101,7 +102,8 @@ def discretized_gaussian_nll(
         tensor(1.0000)
     """
     x, mean, scale = widen(x), widen(mean), widen(scale)
-    inverse = torch.exp(-(scale if log_std else 0.5 * scale))
+    # Bounded so that a tail's argument is a number, and its square still infinite.
+    inverse = finite_exp(-(scale if log_std else 0.5 * scale), 0.78)
     half = 1.0 / (levels - 1)
     difference, width = x - mean, half * inverse
     center = difference * inverse

@@ -17,6 +17,7 @@ from .random import words
 
 __all__ = [
     "categorical_sample",
+    "finite_exp",
     "gaussian",
     "gumbel_softmax",
     "philox_bits",
@@ -109,6 +110,11 @@ def widen(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
 
 
+def finite_exp(x: Tensor, part: float = 1.0) -> Tensor:
+    """e^x, but no more than about the largest number (to the power of `part`): a factor of what may be 0."""
+    return torch.exp(x.clamp(max=0.9999 * part * math.log(torch.finfo(x.dtype).max)))
+
+
 class _ClampStraightThrough(torch.autograd.Function):
     """Clamped values with the gradient of the identity, so that what lies outside can come back."""
 
@@ -188,7 +194,7 @@ def gaussian(
         if prior_scale is not None:
             prior_log_variance = 2.0 * widen(prior_scale) if log_std else widen(prior_scale)
             # In this order a small difference times a large inverse deviation does not overflow.
-            from_prior = from_prior * torch.exp(-0.5 * prior_log_variance)
+            from_prior = from_prior * finite_exp(-0.5 * prior_log_variance)
             log_variance = log_variance - prior_log_variance
         each = 0.5 * (_exp_less_tangent(log_variance) + from_prior.square())
         if free_bits > 0.0:

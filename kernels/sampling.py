@@ -961,17 +961,6 @@ def _vector_quantize_backward_kernel(
     row_ok = row < N
     code = tl.load(indices + row, mask=row_ok, other=0)
     code_ok = row_ok & (code >= 0) & (code < K)
-    kept = tl.full((BM,), True, tl.int1)
-    if grad_quantized is not None:
-        # What was near to nothing has got NaN and not its code: no gradient passes.
-        probe = tl.zeros((BM, BD), tl.float32)
-        for start in range(0, D, BD):
-            d = start + tl.arange(0, BD)
-            ok = code_ok[:, None] & (d < D)[None, :]
-            value = tl.load(x + (row * x_row)[:, None] + (d * X_COL)[None, :], mask=ok, other=0.0).to(tl.float32)
-            e = tl.load(codebook + (code * D)[:, None] + d[None, :], mask=ok, other=0.0).to(tl.float32)
-            probe += value * 0.0 + e * 0.0
-        kept = tl.sum(probe, 1) == 0.0
     if grad_loss is not None:
         by_loss = 2.0 * weight * tl.load(grad_loss + row, mask=row_ok, other=0.0).to(tl.float32)
     for start in range(0, D, BD):
@@ -980,7 +969,7 @@ def _vector_quantize_backward_kernel(
         grad = tl.zeros((BM, BD), tl.float32)
         if grad_quantized is not None:
             g = _load(grad_quantized, row, grad_quantized_row, d[None, :], ok, GRAD_QUANTIZED_COL)
-            grad += tl.where(kept[:, None], g, 0.0)
+            grad += g
         if grad_loss is not None:
             value = _load(x, row, x_row, d[None, :], ok, X_COL)
             e = tl.load(codebook + (code * D)[:, None] + d[None, :], mask=ok & code_ok[:, None], other=0.0)

@@ -349,3 +349,15 @@ def test_direct_callers_cannot_reach_out_of_bounds() -> None:
     ):
         with pytest.raises(RuntimeError):
             call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_discretized_gaussian_keeps_both_tails_of_a_wide_bin(dtype: torch.dtype) -> None:
+    """At the center of a bin of many deviations the NLL is the mass of two equal tails, erfc(h / sqrt 2)."""
+    for h in (1.0, 3.0, 5.0, 5.5, 7.0):
+        zero = torch.zeros(1, 1, dtype=dtype)
+        scale = torch.full((1, 1), math.log(0.5 / h), dtype=dtype)
+        found = ops.discretized_gaussian_nll(zero, zero, log_std=scale, levels=3, unit="nats").item()
+        exact = -math.log1p(-math.erfc(h / math.sqrt(2.0)))
+        # h itself is rounded, which the tail magnifies by h^2.
+        assert abs(found - exact) <= 8.0 * torch.finfo(dtype).eps * (1.0 + h * h) * exact, h

@@ -4,6 +4,7 @@
 // wins ties.
 #include "sampling/quantize.h"
 
+#include <atomic>
 #include <limits>
 
 #include "common/rows.h"
@@ -16,30 +17,53 @@ constexpr int64_t kRowBlock = 16 * kTileRows;
 
 template <class T>
 struct Packed {
-  T *panels, *half;  // [panels][dim][kPanel], |e|^2 / 2 [panels][kPanel], infinite where there is no code
+  T *center, *panels, *half;  // [dim]; codes less center [panels][dim][kPanel]; |e|^2 / 2, infinite where no code is
+  T* rows;                    // [threads][kRowBlock][dim]
 };
 template <class T>
 Packed<T> packed(const Quantize<T>& p, char* workspace) {
-  const int64_t columns = round_up(p.codes, kPanel<T>);
-  T* panels = reinterpret_cast<T*>(workspace);
-  return {panels, panels + columns * maximum(p.dim, 1)};
+  const int64_t columns = round_up(p.codes, kPanel<T>), dim = round_up(p.dim, kLanes<T>);
+  T* center = reinterpret_cast<T*>(workspace);
+  return {center, center + dim, center + dim + columns * p.dim, center + dim + columns * (p.dim + 1)};
+}
+template <class T>
+size_t quantize_workspace(const Quantize<T>& p, int threads) {
+  const int64_t columns = round_up(p.codes, kPanel<T>), dim = round_up(p.dim, kLanes<T>);
+  return static_cast<size_t>(dim + columns * (p.dim + 1) + threads * kRowBlock * p.dim) * sizeof(T);
+}
+
+// The mean of what is finite; any point will do.
+template <class T>
+void find_center(const Quantize<T>& p, T* center) {
+  const T largest = std::numeric_limits<T>::max();
+  for (int64_t d = 0; d < p.dim; ++d) center[d] = 0;
+  const T share = T(1) / static_cast<T>(p.codes);
+  for (int64_t k = 0; k < p.codes; ++k) {
+    for (int64_t d = 0; d < p.dim; ++d) {
+      const T e = p.codebook[k * p.dim + d];
+      center[d] += (e <= largest && e >= -largest ? e : T(0)) * share;
+    }
+  }
 }
 
 template <class T>
 void pack(const Quantize<T>& p, const Packed<T>& to, int64_t begin, int64_t end) {
   for (int64_t panel = begin; panel < end; ++panel) {
     const int64_t first = panel * kPanel<T>;
+    T* codes = to.panels + first * p.dim;
     const auto code = [&](int64_t c) { return first + c < p.codes ? p.codebook + (first + c) * p.dim : nullptr; };
-    pack_columns<T>(kPanel<T>, p.dim, code, to.panels + first * p.dim);
-    for (int64_t c = 0; c < kPanel<T>; ++c) {
-      const T* e = code(c);
-      Vec<T> squares{};
-      for (int64_t d = 0; e != nullptr && d < p.dim; d += kLanes<T>) {
-        const Vec<T> v = load_upto(e + d, p.dim - d);
-        squares += v * v;
+    pack_columns<T>(kPanel<T>, p.dim, code, codes);
+    Vec<T> square[kPanelVectors]{};
+    for (int64_t d = 0; d < p.dim; ++d) {
+      for (int v = 0; v < kPanelVectors; ++v) {
+        T* at = codes + d * kPanel<T> + v * kLanes<T>;
+        const Vec<T> e = load(at) - to.center[d];
+        store(at, e);
+        square[v] += e * e;
       }
-      to.half[first + c] = e != nullptr ? sum<T>(squares) / 2 : std::numeric_limits<T>::infinity();
     }
+    for (int v = 0; v < kPanelVectors; ++v) store(to.half + first + v * kLanes<T>, square[v] * T(0.5));
+    for (int64_t k = p.codes; k < first + kPanel<T>; ++k) to.half[k] = std::numeric_limits<T>::infinity();
   }
 }
 
@@ -60,7 +84,7 @@ T emit(const Quantize<T>& p, int64_t row, T best, int64_t index) {
 }
 
 template <class T>
-void nearest(const Quantize<T>& p, const Packed<T>& codes, int64_t begin, int64_t end) {
+void nearest(const Quantize<T>& p, const Packed<T>& codes, T* vectors, int64_t begin, int64_t end) {
   using I = VecInt<T>;
   using Integer = typename VecTraits<T>::scalar_integer;
   constexpr int L = kLanes<T>;
@@ -69,6 +93,10 @@ void nearest(const Quantize<T>& p, const Packed<T>& codes, int64_t begin, int64_
   alignas(64) T tile[kTileRows * kPanel<T>];
   for (int64_t block = begin; block < end; block += kRowBlock) {
     const int64_t rows = minimum(kRowBlock, end - block);
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* x = p.x + (block + r) * p.dim;
+      for (int64_t d = 0; d < p.dim; ++d) vectors[r * p.dim + d] = x[d] - codes.center[d];
+    }
     Vec<T> best[kRowBlock];
     I where[kRowBlock];
     for (int64_t r = 0; r < rows; ++r) {
@@ -78,7 +106,7 @@ void nearest(const Quantize<T>& p, const Packed<T>& codes, int64_t begin, int64_
     for (int64_t first = 0; first < p.codes; first += kPanel<T>) {
       for_tiles(0, rows, [&](int64_t from, int size) {
         const T* x[kTileRows];
-        for (int r = 0; r < size; ++r) x[r] = p.x + (block + from + r) * p.dim;
+        for (int r = 0; r < size; ++r) x[r] = vectors + (from + r) * p.dim;
         multiply(size, kPanelVectors, p.dim, x, 1, codes.panels + first * p.dim, tile);
         for (int r = 0; r < size; ++r) {
           Vec<T> top = best[from + r];
@@ -113,11 +141,15 @@ template <class T>
 void quantize(const Quantize<T>& p, char* workspace, const Executor& executor) {
   const Packed<T> codes = packed(p, workspace);
   const int64_t panels = ceil_div(p.codes, kPanel<T>);
+  find_center(p, codes.center);
   // A thread is worth waking for a hundred thousand multiplications or so.
   parallel_ranges(executor, panels, ceil_div(16384, kPanel<T> * maximum(p.dim, 1)),
                   [&](int64_t begin, int64_t end) { pack(p, codes, begin, end); });
   const int64_t least = ceil_div(100000, maximum(p.codes * p.dim, 1));
-  parallel_ranges(executor, p.count, least, [&](int64_t begin, int64_t end) { nearest(p, codes, begin, end); });
+  std::atomic<int> taken{0};
+  parallel_ranges(executor, p.count, least, [&](int64_t begin, int64_t end) {
+    nearest(p, codes, codes.rows + taken.fetch_add(1) * kRowBlock * p.dim, begin, end);
+  });
 }
 
 // out[k] = the sum of what add(row, from, to, sums of the row's code) adds, in double: a code may be taken by millions
@@ -183,10 +215,7 @@ void quantize_statistics(const QuantizeStatistics<T>& p, char* workspace, const 
 
 template <class T>
 KernelOf<Quantize<T>> quantize_kernel() {
-  return {[](const Quantize<T>& p, int) {
-            return static_cast<size_t>(round_up(p.codes, kPanel<T>) * (maximum(p.dim, 1) + 1)) * sizeof(T);
-          },
-          &quantize<T>};
+  return {&quantize_workspace<T>, &quantize<T>};
 }
 template <class T>
 KernelOf<QuantizeBackward<T>> quantize_backward_kernel() {

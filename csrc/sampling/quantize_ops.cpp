@@ -1,5 +1,7 @@
 #include "sampling/quantize.h"
 
+#include <limits>
+
 #include "common/torch_glue.h"
 
 namespace genfuse {
@@ -8,6 +10,7 @@ namespace {
 void check_vectors(const Tensor& x, const Tensor& codebook) {
   STD_TORCH_CHECK(x.dim() > 0 && codebook.dim() == 2 && codebook.size(0) > 0 && codebook.size(1) == x.size(x.dim() - 1),
                   "x must be [..., D] and codebook [K, D] with K > 0, got ", shape_of(x), " and ", shape_of(codebook));
+  STD_TORCH_CHECK(codebook.size(0) <= std::numeric_limits<int32_t>::max(), "codebook must have fewer than 2^31 codes");
   STD_TORCH_CHECK(x.scalar_type() == codebook.scalar_type(), "codebook must have the dtype of x");
 }
 

@@ -3,6 +3,7 @@
 // sample reads it, or computes it anew where it was hard or rounded.
 #include "sampling/relaxed.h"
 
+#include <atomic>
 #include <limits>
 
 #include "common/math_simd.h"

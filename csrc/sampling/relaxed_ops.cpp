@@ -17,6 +17,8 @@ struct Inputs {
       : logits("logits", logits_, logits_, kScalar<T>), noise("noise", noise_, logits_, kScalar<T>) {
     STD_TORCH_CHECK(noise_.has_value() || rng.has_value(), "a sample needs noise or rng");
     STD_TORCH_CHECK(tau > 0, "tau must be above 0, got ", tau);
+    STD_TORCH_CHECK(logits_.dim() == 0 || logits_.size(logits_.dim() - 1) <= std::numeric_limits<int32_t>::max(),
+                    "logits must have fewer than 2^31 classes, got ", shape_of(logits_));
     const RandomPair pair = random_pair(rng);
     p.classes = logits_.dim() > 0 ? logits_.size(logits_.dim() - 1) : 1;
     p.rows = p.classes > 0 ? logits_.numel() / p.classes : 0;
@@ -56,13 +58,14 @@ std::tuple<Tensor, Tensor> relaxed_backward(const OptionalTensor& grad_y, const 
       Tensor zero = grad;
       torch::stable::zero_(zero);
     } else if (grad.numel() > 0) {
-      STD_TORCH_CHECK(grad_y->numel() == logits.numel() && y.numel() == logits.numel(),
+      // A hard sample, or one that was rounded, is not enough.
+      const bool recompute = hard || logits.scalar_type() != kScalar<T>;
+      STD_TORCH_CHECK(grad_y->numel() == logits.numel() && (recompute || y.numel() == logits.numel()),
                       "grad_y and y must have the shape of logits, got ", shape_of(*grad_y), " and ", shape_of(y));
-      const Tensor from = dense("grad_y", *grad_y, kScalar<T>), result = dense("y", y, kScalar<T>);
+      const Tensor from = dense("grad_y", *grad_y, kScalar<T>), result = recompute ? grad : dense("y", y, kScalar<T>);
       RelaxedBackward<T> b;
       b.forward = in.p;
-      b.recompute =
-          hard || logits.scalar_type() != kScalar<T>;  // a hard sample, or one that was rounded, is not enough
+      b.recompute = recompute;
       b.y = read<T>(result);
       b.grad_y = read<T>(from);
       b.grad_logits = data<T>(grad);

@@ -296,8 +296,8 @@ def vector_quantize(
     value = chosen.detach().masked_fill(lost, math.nan)
     loss = codebook_weight * (wide.detach() - chosen).square().sum(-1)
     loss = loss + commitment_weight * (wide - chosen.detach()).square().sum(-1)
-    # x - x is 0 with the gradient of x.
-    return (value + (wide - wide.detach()).masked_fill(lost, 0.0)).to(x.dtype), indices, loss
+    # x - x is 0, or NaN where the value is NaN anyway, with the gradient of x.
+    return (value + (wide - wide.detach())).to(x.dtype), indices, loss
 
 
 def vector_quantize_statistics(x: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:

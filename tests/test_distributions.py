@@ -13,6 +13,7 @@ import pytest
 import torch
 from genfuse import nn, ops
 from genfuse.distributions import DiagonalGaussian
+from genfuse.ops import sampling
 from tolerances import assert_as_accurate, eager_runs
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal, kl_divergence
@@ -145,6 +146,43 @@ def test_kl_divergences_that_do_not_exist() -> None:
                 kl_divergence(*arguments)
     with pytest.raises(NotImplementedError):
         kl_divergence(p, torch.distributions.Laplace(0.0, 1.0))
+
+
+@pytest.mark.parametrize(("name", "factor"), PAIRS)
+def test_kl_divergences_do_not_repeat_an_event(name: str, factor: float) -> None:
+    p = both(name, factor, (4, 1), 1)[0]
+    wide = Normal(torch.ones(20), 1.0)
+    for other in (wide, wide.expand((4, 20))):
+        for arguments in ((p, other), (other, p)):
+            with pytest.raises(ValueError, match=r"\[4, 1\].*the event \[1\] would be repeated"):
+                kl_divergence(*arguments)
+    for independent in (Independent(wide, 1), Independent(wide.expand((4, 20)), 1)):
+        for arguments in ((p, independent), (independent, p)):
+            with pytest.raises(ValueError, match="different event shapes cannot be computed"):
+                kl_divergence(*arguments)
+    # A batch is: one Gaussian against three.
+    one, torch_one = both(name, factor, (4,), 1)
+    three = Normal(torch.ones(3, 4), 2.0)
+    torch.testing.assert_close(kl_divergence(one, three), kl_divergence(torch_one, Independent(three, 1)))
+    torch.testing.assert_close(kl_divergence(three, one), kl_divergence(Independent(three, 1), torch_one))
+
+
+@pytest.mark.parametrize(("name", "factor"), PAIRS)
+def test_kl_divergences_keep_a_prior_small(name: str, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Any, ...]] = []
+    run = type(sampling._GAUSSIAN).run
+
+    def spy(self: Any, public: str, subject: Any, arguments: tuple[Any, ...]) -> Any:
+        seen.append(arguments)
+        return run(self, public, subject, arguments)
+
+    monkeypatch.setattr(type(sampling._GAUSSIAN), "run", spy)
+    p, torch_p = both(name, factor, (3, 4), 1)
+    for prior in (Normal(0.5, 2.0), Normal(0.5, 2.0).expand((3, 4)), Normal(torch.tensor(0.5).double(), 2.0)):
+        found = kl_divergence(p, prior)
+        torch.testing.assert_close(found, kl_divergence(torch_p, Independent(prior.expand((3, 4)), 1)))
+        prior_mean, prior_scale = seen[-1][2:4]
+        assert prior_mean.stride() == prior_scale.stride() == (0, 0)
 
 
 def test_extreme_scales() -> None:
@@ -333,6 +371,8 @@ def test_layers_compile_and_are_copied(layer: torch.nn.Module) -> None:
             "free_bits must be finite and at least 0.0",
         ),
         (lambda: nn.GaussianReparameterization(clamp=3.0), TypeError, r"clamp must be a pair \(low, high\), got 3.0"),
+        (lambda: nn.GaussianReparameterization(clamp=("a", "b")), TypeError, "clamp must hold numbers, got str"),
+        (lambda: nn.GaussianReparameterization(clamp=(None, 1.0)), TypeError, "clamp must hold numbers, got NoneType"),
         (lambda: nn.GaussianReparameterization(clamp=(1.0, 0.0)), ValueError, r"clamp must be \(low, high\)"),
         (lambda: nn.GaussianReparameterization(parametrization="std"), ValueError, "must be 'logvar' or 'log_std'"),
     ],

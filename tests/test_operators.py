@@ -86,13 +86,13 @@ def operator_arguments(problem: Problem) -> tuple[Operator, tuple[Any, ...]]:
     seen: list[tuple[Any, ...]] = []
     operator = OPERATORS[problem.op]
     original = operator.run
+
+    def spy(name: str, subject: Tensor, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        seen.append(arguments)
+        return original(name, subject, arguments)
+
     try:
-        operator.run = lambda name, subject, arguments: (
-            seen.append(arguments)
-            or original(  # type: ignore[method-assign]
-                name, subject, arguments
-            )
-        )
+        operator.run = spy  # type: ignore[method-assign]
         problem.call()
     finally:
         del operator.run
@@ -879,3 +879,61 @@ def test_use_backend(op: str) -> None:
     close(problem.results("reference"), problem.results())
     with pytest.raises(RuntimeError, match=r"cannot run on backend 'triton': \w+ is on cpu; it runs on cuda"):
         problem.results("triton")
+
+
+# ---- transforms of each other ----------------------------------------------------------------------------------------
+
+
+def scalar_and_place(op: str) -> tuple[Callable[..., Tensor], Tensor]:
+    """A function of an operator's first input, and where to take it."""
+    problem = make(op, RICH[op], dtype=torch.float64, shape=(2, 3), codes=4)
+    first = next(iter(problem.inputs))
+
+    def scalar(x: Tensor, backend: str | None = None) -> Tensor:
+        found = Problem(op, {**problem.inputs, first: x}, problem.options).results(backend)
+        return sum(((k + 1) * one.sin().sum() for k, one in enumerate(found)), x.new_zeros(()))
+
+    return scalar, problem.inputs[first]
+
+
+@pytest.mark.parametrize("op", VARIANTS)
+def test_gradients_of_examples_are_differentiated_again(op: str) -> None:
+    """By autograd, and that again; as penalties of the gradients of examples are."""
+    scalar, x = scalar_and_place(op)
+    xs = torch.stack([x, x + 0.5, -x]).requires_grad_()
+
+    def found(function: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        gradients = [torch.vmap(torch.func.grad(function))(xs)]
+        for _ in range(2):
+            gradients += torch.autograd.grad(gradients[-1].sin().sum(), xs, create_graph=True, materialize_grads=True)
+        return gradients
+
+    close(found(scalar), found(lambda x: scalar(x, "reference")))
+    hessian = torch.autograd.functional.hessian
+    close(hessian(scalar, x, vectorize=True), hessian(lambda x: scalar(x, "reference"), x))
+
+
+def test_a_library_without_the_operator_is_no_silent_reference() -> None:
+    with pytest.raises(AttributeError, match="no_such_operator"):
+        Operator("no_such_operator", (), 0, 0, 1, lambda: (), lambda: None).register()
+
+
+@pytest.mark.parametrize("op", ["gaussian_rsample", "gaussian_kl"])
+@pytest.mark.parametrize(("clamp", "kind"), [(("a", "b"), "str"), ((None, 1.0), "NoneType")])
+def test_what_is_wrong_with_a_clamp(op: str, clamp: Any, kind: str) -> None:
+    with pytest.raises(TypeError, match=f"{op}: clamp must hold numbers, got {kind}"):
+        getattr(ops, op)(torch.zeros(2, 3), torch.zeros(2, 3), clamp=clamp)
+
+
+def test_a_call_of_each_example_copies_no_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: list[Tensor] = []
+    contiguous = Tensor.contiguous
+    monkeypatch.setattr(Tensor, "contiguous", lambda self: copies.append(self) or contiguous(self))
+    x, indices = torch.randn(4, 6, 2), torch.arange(12).view(6, 2)[:, 0] % 3
+    counts, _ = torch.vmap(lambda x: torch.ops.genfuse.vector_quantize_statistics(x, indices, 3))(x)
+    assert torch.equal(counts, torch.full((4, 3), 2.0))
+    assert len(copies) == 1
+    # Pairs along another dimension than the first are pairs all the same.
+    pairs, zero = torch.arange(6).view(2, 3), torch.zeros(2, 5)
+    drawn = torch.vmap(lambda rng: torch.ops.genfuse.gumbel_softmax(zero, None, rng, 1.0, False), in_dims=1)(pairs)
+    close(drawn, torch.stack([ops.gumbel_softmax(zero, rng=pairs[:, k].contiguous()) for k in range(3)]))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
@@ -341,6 +343,17 @@ def test_wrong_arguments(
         nn.VectorQuantizer(*arguments, **options)
 
 
+@pytest.mark.parametrize("integer", [np.int64, torch.tensor], ids=["numpy", "torch"])
+def test_sizes_are_any_integers(integer: Callable[[int], Any]) -> None:
+    layer = nn.VectorQuantizer(integer(K), integer(D))
+    assert type(layer.num_embeddings) is type(layer.embedding_dim) is int
+    layer(torch.randn(5, D))
+    with pytest.raises(TypeError, match="num_embeddings must be an int, got bool"):
+        nn.VectorQuantizer(True, D)
+    with pytest.raises(TypeError, match="num_embeddings must be an int, got Tensor"):
+        nn.VectorQuantizer(torch.tensor(4.0), D)
+
+
 def test_wrong_inputs() -> None:
     with pytest.raises(RuntimeError, match=r"x must be \[\.\.\., 3\], got \[5, 4\]"):
         quantizer()(vectors(5, size=4))
@@ -352,3 +365,28 @@ def test_wrong_inputs() -> None:
         quantizer()([1.0, 2.0, 3.0])
     with pytest.raises(RuntimeError, match="dtype of x"):
         quantizer()(vectors(5, dtype=torch.float32))
+
+
+def test_averages_stay_in_float32() -> None:
+    """(1 - decay) times a difference is below what bfloat16 can tell, so averages kept in it would hardly move."""
+    torch.manual_seed(0)
+    batches = [torch.randn(200, 4).bfloat16() for _ in range(50)]
+    half, full = nn.VectorQuantizer(5, 4), nn.VectorQuantizer(5, 4)
+    full.load_state_dict(half.state_dict())
+    half.bfloat16()
+    assert (half.codebook.dtype, half.cluster_size.dtype) == (torch.bfloat16, torch.float32)
+    for batch in batches:
+        half(batch)
+        full(batch.float())
+    assert float((half.cluster_size - full.cluster_size).abs().max() / full.cluster_size.max()) < 0.02
+
+
+def test_the_deterministic_sample_has_the_shape_and_dtype_of_a_drawn_one() -> None:
+    layer = nn.GaussianReparameterization()
+    mean, logvar = torch.arange(4.0), torch.zeros(3, 4)
+    z, kl = layer(mean, logvar, deterministic=True)
+    assert z.data_ptr() != mean.data_ptr()
+    assert torch.equal(z, mean.expand(3, 4))
+    assert torch.equal(kl, layer(mean, logvar)[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(mean.bfloat16(), logvar.bfloat16(), deterministic=True)[0].dtype == torch.float32

@@ -24,8 +24,8 @@ class DiagonalGaussian(Distribution):
     (`genfuse.ops.gaussian_nll`, `gaussian_rsample`, `gaussian_kl`), and no standard deviation is formed that could
     overflow or vanish. `log_prob` and KL divergences are float32 for narrower parameters.
 
-    KL divergences are registered to and from itself, ``Normal`` (of a shape that broadcasts to the parameters'; summed
-    over the event) and ``Independent(Normal)`` of as many event dimensions.
+    KL divergences are registered to and from itself, ``Normal`` (of a shape that broadcasts to the event's, or with a
+    batch before that; summed over the event) and ``Independent(Normal)`` of the same event shape.
 
     Args:
         mean: ``[*batch, *event]``.
@@ -178,52 +178,71 @@ class DiagonalGaussian(Distribution):
         return each if self.event_dims == 0 else each.flatten(-self.event_dims).sum(-1)
 
 
+def _one_period(tensor: Tensor) -> Tensor:
+    """An expanded tensor as it was: what is computed of a view is not one."""
+    once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())
+    return tensor[once] if 0 in tensor.stride() else tensor
+
+
 def _parts(distribution: Any) -> tuple[Tensor, bool, Tensor]:
     """Mean, and whether the scale is ln std and no log-variance, and the scale."""
     if isinstance(distribution, DiagonalGaussian):
         return distribution._mean, distribution._by_log_std, distribution._scale
-    return distribution.loc, True, distribution.scale.log()
+    return distribution.loc, True, _one_period(distribution.scale).log()
 
 
-def _kl(p: Any, q: Any, event_dims: int) -> Tensor:
-    """KL between diagonal Gaussians of broadcast shapes and dtypes, summed over the last dimensions."""
+def _kl(p: Any, q: Any, event_shape: torch.Size) -> Tensor:
+    """KL between diagonal Gaussians of broadcast batches and dtypes, summed over the event."""
     (mean, by_log_std, scale), (prior_mean, prior_by_log_std, prior_scale) = _parts(p), _parts(q)
-    broadcast: Any = torch.broadcast_tensors
+    first, second = p.batch_shape + p.event_shape, q.batch_shape + q.event_shape
+    broadcast: Any = torch.broadcast_shapes
+    shape = torch.Size(broadcast(first, second, event_shape))
+    event_dims = len(event_shape)
+    if shape[len(shape) - event_dims :] != event_shape:
+        raise ValueError(
+            f"KL-divergence between Gaussians of shapes {list(first)} and {list(second)} cannot be computed: the event "
+            f"{list(event_shape)} would be repeated"
+        )
     dtype = torch.promote_types(mean.dtype, prior_mean.dtype)
-    mean, scale, prior_mean, prior_scale = (
-        tensor.to(dtype) for tensor in broadcast(mean, scale, prior_mean, prior_scale)
-    )
+    # The prior is expanded by the operator, and only as a view.
+    mean, scale = mean.to(dtype).expand(shape), scale.to(dtype).expand(shape)
+    prior_mean, prior_scale = _one_period(prior_mean).to(dtype), _one_period(prior_scale).to(dtype)
     options: Any = {
         "log_std" if by_log_std else "logvar": scale,
         "prior_log_std" if prior_by_log_std else "prior_logvar": prior_scale,
     }
-    return ops.gaussian_kl(mean, prior_mean=prior_mean, **options, batch_dims=mean.dim() - event_dims)
+    return ops.gaussian_kl(mean, prior_mean=prior_mean, **options, batch_dims=len(shape) - event_dims)
 
 
 def _base(independent: Any, gaussian: DiagonalGaussian) -> Any:
-    """The base of an `Independent`, if it is a Normal with the Gaussian's event dimensions."""
+    """The base of an `Independent`, if it is a Normal with the Gaussian's event shape."""
     base = independent.base_dist
     if not isinstance(base, Normal) or independent.reinterpreted_batch_ndims != gaussian.event_dims:
         raise NotImplementedError(
             f"the KL divergence between {gaussian} and {independent} is none of Gaussians of one event shape"
         )
+    _check_event(independent, gaussian)
     return base
 
 
-def _same_event(p: Any, q: Any) -> Tensor:
+def _check_event(p: Any, q: Any) -> None:
     if p.event_shape != q.event_shape:
         raise ValueError(
             "KL-divergence between Gaussians of different event shapes cannot be computed: "
             f"{list(p.event_shape)} and {list(q.event_shape)}"
         )
-    return _kl(p, q, p.event_dims)
+
+
+def _same_event(p: Any, q: Any) -> Tensor:
+    _check_event(p, q)
+    return _kl(p, q, p.event_shape)
 
 
 for _p, _q, _rule in (
     (DiagonalGaussian, DiagonalGaussian, _same_event),
-    (DiagonalGaussian, Normal, lambda p, q: _kl(p, q, p.event_dims)),
-    (Normal, DiagonalGaussian, lambda p, q: _kl(p, q, q.event_dims)),
-    (DiagonalGaussian, Independent, lambda p, q: _kl(p, _base(q, p), p.event_dims)),
-    (Independent, DiagonalGaussian, lambda p, q: _kl(_base(p, q), q, q.event_dims)),
+    (DiagonalGaussian, Normal, lambda p, q: _kl(p, q, p.event_shape)),
+    (Normal, DiagonalGaussian, lambda p, q: _kl(p, q, q.event_shape)),
+    (DiagonalGaussian, Independent, lambda p, q: _kl(p, _base(q, p), p.event_shape)),
+    (Independent, DiagonalGaussian, lambda p, q: _kl(_base(p, q), q, q.event_shape)),
 ):
     register_kl(_p, _q)(_rule)  # type: ignore[no-untyped-call]

@@ -6,8 +6,9 @@ for `VectorQuantizer`, the codebook and its running statistics.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,11 +28,18 @@ def _check_number(module: str, name: str, value: object, low: float = 0.0, *, ab
         raise ValueError(f"{module}: {name} must be finite and {'above' if above else 'at least'} {low}, got {value}")
 
 
-def _check_size(module: str, name: str, size: object) -> None:
-    if isinstance(size, bool) or not hasattr(size, "__index__"):
-        raise TypeError(f"{module}: {name} must be an int, got {type(size).__name__}")
-    if size.__index__() < 1:
+def _check_size(module: str, name: str, size: Any) -> int:
+    """A size as an int, whatever integer it is given as."""
+    wrong = f"{module}: {name} must be an int, got {type(size).__name__}"
+    if isinstance(size, bool):
+        raise TypeError(wrong)
+    try:
+        found = operator.index(size)
+    except TypeError:
+        raise TypeError(wrong) from None
+    if found < 1:
         raise ValueError(f"{module}: {name} must be at least 1, got {size}")
+    return found
 
 
 class GaussianReparameterization(torch.nn.Module):
@@ -71,6 +79,9 @@ class GaussianReparameterization(torch.nn.Module):
         if clamp is not None:
             if not isinstance(clamp, (tuple, list)) or len(clamp) != 2:
                 raise TypeError(f"GaussianReparameterization: clamp must be a pair (low, high), got {clamp!r}")
+            for bound in clamp:
+                if isinstance(bound, bool) or not isinstance(bound, (int, float)):
+                    raise TypeError(f"GaussianReparameterization: clamp must hold numbers, got {type(bound).__name__}")
             if not clamp[0] <= clamp[1]:
                 raise ValueError(f"GaussianReparameterization: clamp must be (low, high), got {clamp!r}")
         if parametrization not in ("logvar", "log_std"):
@@ -102,44 +113,27 @@ class GaussianReparameterization(torch.nn.Module):
             prior_mean, prior_logvar: of the prior, broadcast to mean's shape; N(0, 1) if absent.
             eps: standard normals of mean's shape, instead of drawn ones.
             generator: where the noise is drawn from; the device's default generator otherwise.
-            deterministic: take the mean as the sample.
+            deterministic: take the mean as the sample; eps and generator are not looked at then.
 
         Returns:
             ``(z [B, *], kl [B])``; kl in nats, summed over all but the first dimension, in float32 or wider.
         """
+        if deterministic:  # the operator's own broadcasting and dtypes
+            eps = torch.zeros((), dtype=mean.dtype, device=mean.device).expand(
+                torch.broadcast_shapes(mean.shape, logvar.shape)  # type: ignore[no-untyped-call]
+            )
         if self.parametrization == "logvar":
-            if deterministic:
-                kl = ops.gaussian_kl(mean, logvar, prior_mean, prior_logvar, free_bits=self.free_bits, clamp=self.clamp)
-                return mean, kl
-            return ops.gaussian_rsample_kl(
-                mean,
-                logvar,
-                prior_mean,
-                prior_logvar,
-                free_bits=self.free_bits,
-                clamp=self.clamp,
-                eps=eps,
-                generator=generator,
-            )
-        if deterministic:
-            kl = ops.gaussian_kl(
-                mean,
-                prior_mean=prior_mean,
-                log_std=logvar,
-                prior_log_std=prior_logvar,
-                free_bits=self.free_bits,
-                clamp=self.clamp,
-            )
-            return mean, kl
+            scales: dict[str, Any] = {"logvar": logvar, "prior_logvar": prior_logvar}
+        else:
+            scales = {"log_std": logvar, "prior_log_std": prior_logvar}
         return ops.gaussian_rsample_kl(
             mean,
             prior_mean=prior_mean,
-            log_std=logvar,
-            prior_log_std=prior_logvar,
             free_bits=self.free_bits,
             clamp=self.clamp,
             eps=eps,
             generator=generator,
+            **scales,
         )
 
 
@@ -149,7 +143,8 @@ class GumbelSoftmax(torch.nn.Module):
     Jang, Gu and Poole 2016 (arXiv 1611.01144); Maddison, Mnih and Teh 2016 (arXiv 1611.00712).
 
     Args:
-        tau: temperature above 0. It may be assigned to, which is how it is annealed.
+        tau: temperature above 0. It may be assigned to, which is how it is annealed. Under torch.compile each value is
+            a compilation: anneal in few steps there.
         hard: one-hot results, with the gradient of the soft ones.
         dim: the dimension that the classes lie in.
 
@@ -251,8 +246,8 @@ class VectorQuantizer(torch.nn.Module):
         channel_last: bool = True,
     ) -> None:
         super().__init__()
-        _check_size("VectorQuantizer", "num_embeddings", num_embeddings)
-        _check_size("VectorQuantizer", "embedding_dim", embedding_dim)
+        num_embeddings = _check_size("VectorQuantizer", "num_embeddings", num_embeddings)
+        embedding_dim = _check_size("VectorQuantizer", "embedding_dim", embedding_dim)
         _check_number("VectorQuantizer", "commitment_weight", commitment_weight)
         _check_number("VectorQuantizer", "eps", eps)
         _check_number("VectorQuantizer", "decay", decay)
@@ -273,6 +268,15 @@ class VectorQuantizer(torch.nn.Module):
             self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
         else:
             self.codebook = torch.nn.Parameter(codebook)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # Averages move by less than half types can tell: they stay in float32 when the module is converted.
+        for name in ("cluster_size", "embed_sum") if self.ema else ():
+            average = getattr(self, name)
+            if average.dtype in (torch.bfloat16, torch.float16):
+                setattr(self, name, average.float())
+        return self
 
     def extra_repr(self) -> str:
         parts = [f"{self.num_embeddings}, {self.embedding_dim}, commitment_weight={self.commitment_weight}"]

@@ -43,7 +43,7 @@ _GAUSSIAN = _operator("gaussian_nll", ("x", "mean", "scale", "batch_dims", "log_
 _DISCRETIZED = _operator("discretized_gaussian_nll", ("x", "mean", "scale", "batch_dims", "log_std", "levels"), 3)
 
 
-def _in_unit(op: str, nll: Tensor, unit: str, shape: torch.Size, batch_dims: int) -> Tensor:
+def _in_unit(nll: Tensor, unit: str, shape: torch.Size, batch_dims: int) -> Tensor:
     if unit == "nats":
         return nll
     return nll * (1.0 / (math.log(2.0) * max(math.prod(shape[batch_dims:]), 1)))
@@ -89,7 +89,7 @@ def bernoulli_nll(logits: Tensor, target: Tensor, *, batch_dims: int = 1, unit: 
     logits, target = spread(op, "logits", logits, shape, "target"), spread(op, "target", target, shape, "logits")
     check_batch_dims(op, batch_dims, "logits", len(shape))
     (nll,) = _BERNOULLI.run(op, logits, (logits, target, batch_dims))
-    return _in_unit(op, nll, unit, shape, batch_dims)
+    return _in_unit(nll, unit, shape, batch_dims)
 
 
 def _gaussian(
@@ -116,7 +116,7 @@ def _gaussian(
     scale = spread(op, name, scale, shape, "x")
     check_batch_dims(op, batch_dims, "x", len(shape))
     (nll,) = operator.run(op, x, (x, mean, scale, batch_dims, log_std is not None, *options))
-    return _in_unit(op, nll, unit, shape, batch_dims)
+    return _in_unit(nll, unit, shape, batch_dims)
 
 
 def gaussian_nll(

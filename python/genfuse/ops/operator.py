@@ -64,6 +64,8 @@ class Operator:
         saved: which results backward takes.
         reference: the definition, by names of arguments; returns the results as a tuple.
         fake: results by shape, for tracing; takes the arguments by position.
+        recomputes: whether backward of a call with these arguments looks at no result, so that an empty tensor is
+            kept in its place.
         module: of genfuse.kernels that has the Triton kernels, by the operator's names.
     """
 
@@ -77,6 +79,7 @@ class Operator:
     constants: tuple[int, ...] = ()
     saved: tuple[int, ...] = ()
     module: str = "sampling"
+    recomputes: Callable[[Sequence[Any]], bool] = field(default=lambda inputs: False, repr=False)
     op: Any = None
     op_backward: Any = None
 
@@ -114,7 +117,10 @@ class Operator:
     # ---- its derivatives ---------------------------------------------------------------------------------------------
 
     def save_for_backward(self, ctx: Any, inputs: Sequence[Any], outputs: Tensors) -> None:
-        ctx.save_for_backward(*inputs[: self.tensors], *(outputs[index] for index in self.saved))
+        kept = [outputs[index] for index in self.saved]
+        if kept and self.recomputes(inputs):  # the caller may write over what is not needed
+            kept = [output.new_empty(0) for output in kept]
+        ctx.save_for_backward(*inputs[: self.tensors], *kept)
         ctx.set_materialize_grads(False)
         ctx.options = tuple(inputs[self.tensors : len(self.arguments)])
 
@@ -159,6 +165,10 @@ class Operator:
             if cotangent is not None and ctx.needs >> index & 1
         ]
         if not wanted:
+            return tuple(result)
+        if not _is_compiling() and _functorch_top() is not None:  # where nothing may require grad
+            for place, gradient in self._second_by_vjp(ctx, wanted).items():
+                result[place] = gradient
             return tuple(result)
 
         def leaf(tensor: Tensor | None) -> Tensor | None:
@@ -208,12 +218,39 @@ class Operator:
                     result[place] = gradient
         return tuple(result)
 
+    def _second_by_vjp(self, ctx: Any, wanted: list[tuple[int, Tensor]]) -> dict[int, Tensor]:
+        """The same under functorch, by place among the backward operator's arguments."""
+        count, given = len(self.grads), ctx.saved_tensors
+        used = [place for place in range(count) if given[place] is not None]
+        inputs = [index for index, _ in wanted]
+        needed = ctx.needs_input_grad[: count + self.differentiable]
+        targets = [place for place, need in enumerate(needed) if need and given[place] is not None]
+        if not used or not targets:
+            return {}
+
+        def first(*values: Tensor) -> Tensors:
+            """The gradients that have a cotangent, as a function of the targets."""
+            arguments = list(given)
+            for place, value in zip(targets, values, strict=True):
+                arguments[place] = value
+
+            def outputs(*values: Tensor) -> Tensors:
+                tensors = arguments[count:]
+                for index, value in zip(inputs, values, strict=True):
+                    tensors[index] = value
+                found = self.run_reference((*tensors, *ctx.options))
+                return tuple(found[self.grads[place]] for place in used)
+
+            pull: Any = torch.func.vjp(outputs, *(arguments[count + index] for index in inputs))[1]
+            return tuple(pull(tuple(arguments[place] for place in used)))
+
+        pull: Any = torch.func.vjp(first, *(given[place] for place in targets))[1]
+        return dict(zip(targets, pull(tuple(cotangent for _, cotangent in wanted)), strict=True))
+
     # ---- the rules ---------------------------------------------------------------------------------------------------
 
     def register(self) -> None:
         """Find the operators that the native library has defined, and register every rule for them."""
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"genfuse::{self.name}", "CPU"):  # TEMPORARY
-            return
         library, backward = rule_library(), f"{self.name}_backward"
         self.op = getattr(torch.ops.genfuse, self.name).default
         registry.register_fake(f"genfuse::{self.name}", self.fake, lib=library)
@@ -419,13 +456,19 @@ def vmap_by_loop(op: Any) -> Callable[..., Any]:
     """A vmap rule: one call for each example."""
 
     def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        # Every random pair must be contiguous; what is broadcast must not be copied.
+        arguments = tuple(
+            argument.movedim(dim or 0, 0).contiguous().movedim(0, dim or 0)
+            if isinstance(argument, Tensor) and argument.dtype == torch.int64
+            else argument
+            for argument, dim in zip(arguments, in_dims, strict=True)
+        )
+
         def example(index: int) -> list[Any]:
-            chosen = [
+            return [
                 argument if dim is None or argument is None else argument.select(dim, index)
                 for argument, dim in zip(arguments, in_dims, strict=True)
             ]
-            # A random pair must be contiguous; what is broadcast must not be copied.
-            return [a.contiguous() if isinstance(a, Tensor) and a.dtype == torch.int64 else a for a in chosen]
 
         if info.batch_size == 0:  # the shapes of one example that is not there
             one = [

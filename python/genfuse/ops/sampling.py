@@ -331,15 +331,17 @@ def check_number(op: str, name: str, value: object, *, above: float = -_INF, lea
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
     if not (value > above and value >= least and value < _INF):
-        wanted = f"above {above:g}" if above > -_INF else f"at least {least:g}" if least > -_INF else "finite"
-        raise ValueError(f"{op}: {name} must be {wanted} and finite, got {value}")
+        bound = f"above {above:g} and " if above > -_INF else f"at least {least:g} and " if least > -_INF else ""
+        raise ValueError(f"{op}: {name} must be {bound}finite, got {value}")
     return float(value)
 
 
 def check_batch_dims(op: str, batch_dims: object, name: str, dims: int) -> int:
     if isinstance(batch_dims, bool) or not isinstance(batch_dims, int):
         raise TypeError(f"{op}: batch_dims must be an int, got {type(batch_dims).__name__}")
-    if not 0 <= batch_dims <= dims:
+    if batch_dims < 0:
+        raise RuntimeError(f"{op}: batch_dims must not be negative, got {batch_dims}")
+    if batch_dims > dims:
         raise RuntimeError(f"{op}: {name} must have at least batch_dims = {batch_dims} dimensions, and has {dims}")
     return batch_dims
 
@@ -479,6 +481,9 @@ def _gaussian(
     if clamp is not None:
         if not (isinstance(clamp, (tuple, list)) and len(clamp) == 2):
             raise TypeError(f"{op}: clamp must be a pair (low, high) or None, got {clamp!r}")
+        for bound in clamp:
+            if isinstance(bound, bool) or not isinstance(bound, (int, float)):
+                raise TypeError(f"{op}: clamp must hold numbers, got {type(bound).__name__}")
         low, high = (float(bound) for bound in clamp)
         if not low <= high:
             raise ValueError(f"{op}: clamp must be (low, high) with low <= high, got {tuple(clamp)}")
@@ -635,6 +640,7 @@ _GUMBEL_SOFTMAX = Operator(
     saved=(0,),
     reference=reference.gumbel_softmax,
     fake=_fake_like_logits,
+    recomputes=lambda inputs: bool(inputs[4]),  # a hard sample says nothing of the soft one
 )
 _RELAXED_BERNOULLI = Operator(
     name="relaxed_bernoulli",
@@ -645,6 +651,7 @@ _RELAXED_BERNOULLI = Operator(
     saved=(0,),
     reference=reference.relaxed_bernoulli,
     fake=_fake_like_logits,
+    recomputes=lambda inputs: bool(inputs[4]),  # a hard sample says nothing of the soft one
 )
 
 

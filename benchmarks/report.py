@@ -423,7 +423,8 @@ def draw_chart(result: Record, path: Path) -> None:
 
     records = [r for r in result["cases"].values() if any("speedup" in e for e in r["contestants"].values())]
     kinds = list(dict.fromkeys(category(peer) for record in records for peer in peers(record)))
-    colours = dict(zip(kinds, plt.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
+    palette = plt.get_cmap("tab10" if len(kinds) <= 10 else "tab20").colors  # type: ignore[attr-defined]
+    colours = {kind: palette[index % len(palette)] for index, kind in enumerate(kinds)}
     figure, axes = plt.subplots(figsize=(10, 1.2 + 0.32 * len(records)), layout="constrained")
     for row, record in enumerate(records):
         for peer in peers(record):

@@ -79,6 +79,20 @@ GENFUSE_HD Vec<double> log1p_unit(Vec<double> u) {
 template <class T>
 inline constexpr T kWideLimit = sizeof(T) == 4 ? T(175) : T(1416);
 
+// Whether a comparison holds in any lane.
+GENFUSE_HD bool any_lane(VecInt32 v) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(v), reinterpret_cast<__m512i>(v)) != 0;
+#elif defined(__AVX2__)
+  return _mm256_testz_si256(reinterpret_cast<__m256i>(v), reinterpret_cast<__m256i>(v)) == 0;
+#else
+  int32_t all = 0;
+  for (int i = 0; i < kLanes<float>; ++i) all |= v[i];
+  return all != 0;
+#endif
+}
+GENFUSE_HD bool any_lane(VecInt<double> v) { return any_lane(reinterpret_cast<VecInt32>(v)); }
+
 // x within limits that are not NaN; NaN stays.
 GENFUSE_HD VecFloat within(VecFloat x, float low, float high) {
 #if defined(__AVX512F__)

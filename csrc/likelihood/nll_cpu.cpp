@@ -172,12 +172,7 @@ inline Term<T> discretized(const Nll<T>& p, Vec<T> x, Vec<T> mean, Vec<T> scale)
   const Vec<T> center = (x - mean) * inverse, c = absolute<T>(center), h = half * inverse;
   const I lower = x<T(-1) + half, upper = x> T(1) - half, edge = lower | upper;
   const I narrow = (h * (T(1) + c) < T(1)) & ~edge, wide = ~narrow & ~edge;
-  bool any_narrow = false, any_wide = false, any_edge = false;
-  for (int i = 0; i < kLanes<T>; ++i) {
-    any_narrow |= narrow[i] != 0;
-    any_wide |= wide[i] != 0;
-    any_edge |= edge[i] != 0;
-  }
+  const bool any_narrow = any_lane(narrow), any_wide = any_lane(wide), any_edge = any_lane(edge);
   // ln mass, and its derivatives by c and, times h, by h.
   Vec<T> log{}, by_center{}, h_by_half{};
   if (any_narrow) {

@@ -315,7 +315,7 @@ ERRORS: list[tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], str]] 
     ("gaussian_nll", (X, X[:2], X), {}, RuntimeError, "x and mean must broadcast together"),
     ("gaussian_nll", (X, X, X[:2]), {}, RuntimeError, "x and mean and logvar must broadcast together"),
     ("gaussian_nll", (X, X, X), {"unit": None}, ValueError, "unit must be 'nats' or 'bits_per_dim', got None"),
-    ("gaussian_nll", (X, X, X), {"batch_dims": -1}, RuntimeError, "batch_dims = -1"),
+    ("gaussian_nll", (X, X, X), {"batch_dims": -1}, RuntimeError, "batch_dims must not be negative, got -1"),
     ("discretized_gaussian_nll", (X, X), {}, TypeError, "exactly one of logvar and log_std must be given"),
     ("discretized_gaussian_nll", (X, X, X), {"levels": 1}, ValueError, "levels must be at least 2, got 1"),
     ("discretized_gaussian_nll", (X, X, X), {"levels": 256.0}, TypeError, "levels must be an int, got float"),

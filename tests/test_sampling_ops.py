@@ -810,7 +810,7 @@ ERRORS: list[tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], str]] 
     (KL, (X, X), {"free_bits": NAN}, ValueError, "free_bits must be at least 0"),
     (KL, (X, X), {"free_bits": "many"}, TypeError, "free_bits must be a number, got str"),
     (KL, (X, X), {"batch_dims": 3}, RuntimeError, "mean must have at least batch_dims = 3 dimensions, and has 2"),
-    (KL, (X, X), {"batch_dims": -1}, RuntimeError, "batch_dims = -1"),
+    (KL, (X, X), {"batch_dims": -1}, RuntimeError, "batch_dims must not be negative, got -1"),
     (KL, (X, X), {"batch_dims": 1.0}, TypeError, "batch_dims must be an int, got float"),
     ("gaussian_kl", (X[0, 0], X), {"batch_dims": 3}, RuntimeError, "batch_dims = 3"),
     (

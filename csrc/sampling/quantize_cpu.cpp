@@ -5,6 +5,7 @@
 #include "sampling/quantize.h"
 
 #include <atomic>
+#include <cmath>
 #include <limits>
 
 #include "common/rows.h"
@@ -32,18 +33,32 @@ size_t quantize_workspace(const Quantize<T>& p, int threads) {
   return static_cast<size_t>(dim + columns * (p.dim + 1) + threads * kRowBlock * p.dim) * sizeof(T);
 }
 
-// The mean of what is finite; any point will do.
+// The mean of what is finite, to a multiple of the power of two above the codes' spread: near the origin that is 0, and
+// elsewhere what is subtracted has few digits, so that distances that are equal stay equal.
 template <class T>
 void find_center(const Quantize<T>& p, T* center) {
   const T largest = std::numeric_limits<T>::max();
+  const auto code = [&](int64_t k, int64_t d, T otherwise) {
+    const T e = p.codebook[k * p.dim + d];
+    return e <= largest && e >= -largest ? e : otherwise;
+  };
   for (int64_t d = 0; d < p.dim; ++d) center[d] = 0;
   const T share = T(1) / static_cast<T>(p.codes);
   for (int64_t k = 0; k < p.codes; ++k) {
+    for (int64_t d = 0; d < p.dim; ++d) center[d] += code(k, d, T(0)) * share;
+  }
+  T spread = 0;
+  for (int64_t k = 0; k < p.codes; ++k) {
     for (int64_t d = 0; d < p.dim; ++d) {
-      const T e = p.codebook[k * p.dim + d];
-      center[d] += (e <= largest && e >= -largest ? e : T(0)) * share;
+      const T distance = code(k, d, center[d]) - center[d];
+      spread = distance > spread ? distance : -distance > spread ? -distance : spread;
     }
   }
+  if (!(spread > 0 && spread <= largest / 4)) return;
+  int exponent = 0;
+  (void)std::frexp(spread, &exponent);
+  const T unit = std::ldexp(T(1), exponent);
+  for (int64_t d = 0; d < p.dim; ++d) center[d] = std::round(center[d] / unit) * unit;
 }
 
 template <class T>

@@ -172,7 +172,7 @@ def _gaussian_kernel(
         if DISCRETIZED:
             each = -_log_bin(center, half * root * root, value < lowest, value > highest)
         else:
-            each = _HALF_LOG_2_PI + log_deviation + 0.5 * center * center
+            each = log_deviation + _HALF_LOG_2_PI + 0.5 * center * center
         total += tl.where(ok, each, 0.0)
     tl.store(nll + program % chunks * R + row, tl.sum(total, 1), mask=row < R)
 
@@ -237,7 +237,7 @@ def _mills(t):
 
 @triton.jit
 def _density(t):
-    return _DENSITY_AT_0 * tl.exp(-0.5 * t * t)
+    return tl.exp(-0.5 * t * t) * _DENSITY_AT_0
 
 
 @triton.jit
@@ -276,7 +276,7 @@ def _log_bin(center, half, lower, upper):
     at_near, at_far = _mills(tl.abs(near)), _mills(far)
     # In the tail, the mass above the near edge less that above the far one; else 1 less the masses on both sides.
     ratio = tl.where(inside, tl.exp(-2.0 * tl.abs(center) * half) * (at_far / at_near), 0.0)
-    tail = tl.log(_DENSITY_AT_0 * at_near) - 0.5 * near * near + _log1p(-ratio)
+    tail = tl.log(at_near * _DENSITY_AT_0) - 0.5 * near * near + _log1p(-ratio)
     outside = at_near * _density(near) + tl.where(inside, at_far * _density(far), 0.0)
     return tl.where(narrow, by_quadrature, tl.where(near > 0.0, tail, _log1p(-outside)))
 

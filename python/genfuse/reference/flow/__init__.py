@@ -1,0 +1,1 @@
+"""The definitions of the flow family, in plain PyTorch."""

@@ -23,11 +23,10 @@ pytest.importorskip("lightning")
 pytest.importorskip("PIL")
 
 from genfuse.train import Stopped, UserError, images
-from genfuse.train.base_module import Plan, TrainingModule
+from genfuse.train.base_module import EpochPlan, HeldOut, Plan, TrainingModule
 from genfuse.train.callbacks import Recorder
 from genfuse.train.checkpoint import IMAGES, load_any, load_image_model, load_model
 from genfuse.train.grids import draw_samples, grid
-from genfuse.train.image_module import HeldOutImages, ImagePlan
 from genfuse.train.image_run import bits_per_dim, evaluate_images, sample_images, score, train_image_model
 from genfuse.train.images import ImageBatches, ImageData, Images, binarise, load_images
 from genfuse.train.measure import Measure
@@ -374,10 +373,10 @@ def test_batches_are_a_function_of_the_step() -> None:
 
 def test_held_out_images_are_shared_among_processes() -> None:
     images = torch.arange(5.0).view(5, 1, 1, 1)
-    parts = [torch.cat(list(HeldOutImages(images, rank, 3, at_once=1))) for rank in range(3)]
+    parts = [torch.cat(list(HeldOut(images, rank, 3, at_once=1))) for rank in range(3)]
     assert sorted(torch.cat(parts).flatten().tolist()) == [0.0, 1.0, 2.0, 3.0, 4.0]
-    assert len(HeldOutImages(images, 0, 3, at_once=1)) == 2
-    assert not HeldOutImages(images[:2], 2, 3).counts
+    assert len(HeldOut(images, 0, 3, at_once=1)) == 2
+    assert not HeldOut(images[:2], 2, 3).counts
 
 
 @pytest.mark.parametrize(
@@ -393,7 +392,7 @@ def test_held_out_images_are_shared_among_processes() -> None:
     ],
 )
 def test_plan_ends_every_stage_with_an_evaluation(images: int, settings: Any) -> None:
-    plan = ImagePlan(images, settings)
+    plan = EpochPlan(images, settings)
     assert plan.total_steps == sum(settings.stage_epochs) * plan.steps_per_epoch
     end = 0
     for steps in plan.stage_steps:

@@ -18,11 +18,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import MeanMetric
 
+from .order import BatchOrder, evaluations_per_epoch
 from .settings import Settings
 
-__all__ = ["Plan", "RunData", "TrainingModule"]
+__all__ = ["EpochPlan", "HeldOut", "Plan", "RunData", "TrainingModule"]
 
 WARMUP_STEPS = 100
+STEPS_BETWEEN_EVALUATIONS = 500
 
 
 class Plan:
@@ -89,6 +91,50 @@ class BatchStream(IterableDataset[Tensor]):
         while True:
             yield self._read(step, self._rows)
             step += 1
+
+
+class EpochPlan(Plan):
+    """How many steps a run of so many epochs has, and when it looks at the held-out data.
+
+    Every stage ends with an evaluation. There are some steps between evaluations, or a stage has about ten of them.
+
+    Args:
+        items: number of images or rows to learn from.
+        settings: of the run.
+
+    Attributes:
+        order: which items each step reads.
+        steps_per_epoch: of every stage.
+    """
+
+    def __init__(self, items: int, settings: Settings) -> None:
+        batch, epochs = settings.batch_size, settings.stage_epochs
+        evaluations = evaluations_per_epoch(BatchOrder(items, batch, settings.seed).steps_per_epoch)
+        self.order = BatchOrder(items, batch, settings.seed, evaluations)
+        self.steps_per_epoch = steps = self.order.steps_per_epoch
+        common = math.gcd(*epochs)
+        most = min(STEPS_BETWEEN_EVALUATIONS / steps, max(epochs) / 10)
+        apart = max(number for number in range(1, common + 1) if common % number == 0 and number <= max(1, most))
+        super().__init__([number * steps for number in epochs], apart * steps // evaluations)
+
+
+class HeldOut(IterableDataset[Tensor]):
+    """Held-out images or rows, some hundreds at a time.
+
+    Attributes:
+        counts: whether this process's items count; False where there are fewer items than processes.
+    """
+
+    def __init__(self, items: Tensor, rank: int, world: int, at_once: int = 500) -> None:
+        self.counts = rank < len(items)
+        self._items = items[rank::world] if self.counts else items[:1]
+        self._at_once = at_once
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from torch.split(self._items, self._at_once)
+
+    def __len__(self) -> int:
+        return math.ceil(len(self._items) / self._at_once)
 
 
 class RunData(pl.LightningDataModule):

@@ -167,7 +167,7 @@ class Recorder(Checkpoint):
         measure = self.measure(step)
         self.held_out.append((step, nats))
         if trainer.logger is not None:
-            trainer.logger.log_metrics(measure.logged("held_out", nats), step=step)
+            trainer.logger.log_metrics(measure.logged(measure.part_key, nats), step=step)
         stage = self.plan.stage(step - 1)
         best = self.best is None or self.plan.stage(self.best[0] - 1) < stage or nats < self.best[1]
         if best:
@@ -177,14 +177,14 @@ class Recorder(Checkpoint):
                 model = {
                     name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")
                 }
-                metadata = {"step": str(step), f"held_out_{measure.key}": f"{nats * measure.scale:.6f}"}
+                metadata = {"step": str(step), f"{measure.part_key}_{measure.key}": f"{nats * measure.scale:.6f}"}
                 save_weights(self.folder, model, self.config, metadata)
         recent = [value for then, value in self.train[-5:] if self.plan.stage(then - 1) == stage]
         self.say(
             f"step {step:>{len(str(self.plan.total_steps))}}/{self.plan.total_steps}"
             f"{'  ' if measure.stage else ''}{measure.stage}"
             f"  train {sum(recent) / max(len(recent), 1) * measure.scale:.3f}"
-            f"  held-out {nats * measure.scale:.3f} {measure.unit}{' (best)' if best else ''}"
+            f"  {measure.part} {nats * measure.scale:.3f} {measure.unit}{' (best)' if best else ''}"
             f"  {self.speed:,.0f} {measure.items}/s"
         )
         now = time.monotonic()
@@ -232,7 +232,7 @@ class ProgressBar(RichProgressBar):
 
     @property
     def validation_description(self) -> str:
-        return "held-out"
+        return self._recorder.measures[0].part
 
     def _get_train_description(self, current_epoch: int) -> str:
         return "training"

@@ -104,6 +104,16 @@ class Job(ABC):
     def finish(self, outcome: Outcome) -> dict[str, Any]:
         """Write and print the report: a function of the best model and the history, so that it survives a kill."""
 
+    def check_model(self) -> None:
+        """Raise a `UserError` where there is no model of these arguments, before anything else happens."""
+        try:
+            with torch.device("meta"), memory_for("a model of these sizes"):
+                self.build()
+        except (ValueError, TypeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"the model will not do: {first_line(error)}.") from None
+
     def check_extension(self, before: Any, done: int) -> None:  # noqa: B027  most have nothing to check
         """Raise a `UserError` where a run of settings `before` that is at step `done` cannot go on with these."""
 

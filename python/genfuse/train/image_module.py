@@ -6,67 +6,18 @@ The images and bits of step s come from `ImageBatches`; the rest of what makes a
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset
 
-from .base_module import Plan, RunData, TrainingModule
+from .base_module import EpochPlan, HeldOut, RunData, TrainingModule
 from .images import ImageBatches, ImageData
-from .order import BatchOrder, evaluations_per_epoch
-from .settings import ImageSettings
+from .order import BatchOrder
 
-__all__ = ["ImageModule", "ImagePlan", "ImageRunData", "VQVAEModule"]
+__all__ = ["ImageModule", "ImageRunData", "VQVAEModule"]
 
-STEPS_BETWEEN_EVALUATIONS = 500
 SEED_OF_EVALUATIONS = 20131220  # any: the same noise each time, so that evaluations can be compared
-
-
-class ImagePlan(Plan):
-    """How many steps a run has, and when it looks at the held-out images.
-
-    Every stage ends with an evaluation. There are some steps between evaluations, or a stage has about ten of them.
-
-    Args:
-        images: number of images to learn from.
-        settings: of the run.
-
-    Attributes:
-        order: which images each step reads.
-        steps_per_epoch: of every stage.
-    """
-
-    def __init__(self, images: int, settings: ImageSettings) -> None:
-        batch, epochs = settings.batch_size, settings.stage_epochs
-        evaluations = evaluations_per_epoch(BatchOrder(images, batch, settings.seed).steps_per_epoch)
-        self.order = BatchOrder(images, batch, settings.seed, evaluations)
-        self.steps_per_epoch = steps = self.order.steps_per_epoch
-        common = math.gcd(*epochs)
-        most = min(STEPS_BETWEEN_EVALUATIONS / steps, max(epochs) / 10)
-        apart = max(number for number in range(1, common + 1) if common % number == 0 and number <= max(1, most))
-        super().__init__([number * steps for number in epochs], apart * steps // evaluations)
-
-
-class HeldOutImages(IterableDataset[Tensor]):
-    """The held-out images, some hundreds at a time.
-
-    Attributes:
-        counts: whether this process's images count; False where there are fewer images than processes.
-    """
-
-    def __init__(self, images: Tensor, rank: int, world: int, at_once: int = 500) -> None:
-        self.counts = rank < len(images)
-        self._images = images[rank::world] if self.counts else images[:1]
-        self._at_once = at_once
-
-    def __iter__(self) -> Iterator[Tensor]:
-        yield from torch.split(self._images, self._at_once)
-
-    def __len__(self) -> int:
-        return math.ceil(len(self._images) / self._at_once)
 
 
 class ImageRunData(RunData):
@@ -79,8 +30,8 @@ class ImageRunData(RunData):
     def read(self, step: int, rows: slice) -> Tensor:
         return self.batches.read(step, rows)
 
-    def held_out(self, rank: int, world: int) -> HeldOutImages:
-        return HeldOutImages(self.images.held_out, rank, world)
+    def held_out(self, rank: int, world: int) -> HeldOut:
+        return HeldOut(self.images.held_out, rank, world)
 
 
 class ImageModule(TrainingModule):
@@ -96,7 +47,7 @@ class ImageModule(TrainingModule):
     model: Any
     settings: Any
 
-    def __init__(self, model: Any, settings: Any, plan: ImagePlan) -> None:
+    def __init__(self, model: Any, settings: Any, plan: EpochPlan) -> None:
         super().__init__(model, settings, plan)
         self._warmup_steps = settings.warmup_epochs * plan.steps_per_epoch
 

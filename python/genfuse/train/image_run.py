@@ -17,7 +17,6 @@ from .checkpoint import (
     IMAGES,
     WEIGHTS,
     SavedImageModel,
-    first_line,
     image_model_class,
     load_image_model,
     make_config,
@@ -85,7 +84,7 @@ class ImageJob(Job):
         return load_images(settings.data, image_size=settings.image_size, grey=settings.grey)
 
     def __init__(self, settings: ImageSettings, source: Images) -> None:
-        from .image_module import ImagePlan
+        from .base_module import EpochPlan
 
         self.settings = settings
         self.likelihood, binary = how_pixels_are_modelled(settings, source)
@@ -93,21 +92,11 @@ class ImageJob(Job):
         arguments = {"input_shape": list(source.shape), **settings.model_arguments()}
         levels = 2 if binary else source.levels
         self.arguments = {**arguments, "likelihood": self.likelihood, "levels": levels}
-        self._check_model()
+        self.check_model()
         run = {"settings": settings.to_json(), "data": source.name, "fingerprint": source.fingerprint}
         self.config = make_config(self.model, self.arguments, run)
-        self.plan = self.batches = ImagePlan(len(self.data.train), settings)
+        self.plan = self.batches = EpochPlan(len(self.data.train), settings)
         self.measures = self._measures()
-
-    def _check_model(self) -> None:
-        """That there is a model of these arguments, before anything else happens."""
-        try:
-            with torch.device("meta"), memory_for("a model of these sizes"):
-                self.build()
-        except (ValueError, TypeError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"the model will not do: {first_line(error)}.") from None
 
     def _measures(self) -> list[Measure]:
         return [self._measure()]

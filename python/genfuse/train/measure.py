@@ -21,6 +21,7 @@ class Measure:
         items: what a step reads, as in ``"tokens"``.
         items_per_step: how many, over all processes.
         stage: what is being trained, where a run has several stages.
+        part: what the evaluations look at, as in ``"validation"``.
         more: further figures that follow from a held-out loss, by their name in TensorBoard.
 
     Example:
@@ -37,14 +38,20 @@ class Measure:
     items: str
     items_per_step: int
     stage: str = ""
+    part: str = "held-out"
     more: Callable[[float], dict[str, float]] | None = None
 
     def log_name(self, name: str) -> str:
         return f"{self.stage}/{name}" if self.stage else name
 
+    @property
+    def part_key(self) -> str:
+        """`part`, for files."""
+        return self.part.replace("-", "_")
+
     def logged(self, part: str, loss: float) -> dict[str, float]:
-        """What TensorBoard gets of a loss of `part`, which is ``"train"`` or ``"held_out"``."""
+        """What TensorBoard gets of a loss of `part`, which is ``"train"`` or that of the evaluations."""
         values = {"loss": loss, self.key: loss * self.scale}
-        if self.more is not None and part == "held_out":
+        if self.more is not None and part == self.part_key:
             values |= self.more(loss)
         return {self.log_name(f"{part}/{name}"): value for name, value in values.items()}

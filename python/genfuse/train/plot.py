@@ -55,7 +55,7 @@ def _draw(axes: Any, measure: Measure, train: Curve, held_out: Curve) -> None:
         axes.plot(steps, _smooth(values), color="#2171b5", linewidth=1.6, label="training, smoothed")
     if held_out:
         steps, values = [step for step, _ in held_out], [loss * measure.scale for _, loss in held_out]
-        label = f"held-out {measure.held_out}"
+        label = f"{measure.part} {measure.held_out}"
         axes.plot(steps, values, color="#d94801", marker="o", markersize=3.5, linewidth=1.4, label=label)
         best = min(range(len(values)), key=values.__getitem__)
         axes.annotate(

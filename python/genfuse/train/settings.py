@@ -42,6 +42,7 @@ class Settings:
         data_kind: what a run learns from, for messages.
         extendable: settings that a run may be resumed with another value of.
         option_names: the command line's spelling, where it is not the setting's own.
+        sizes: settings that are several whole numbers.
     """
 
     held_out: float | None
@@ -56,6 +57,12 @@ class Settings:
     data_kind: ClassVar[str] = "text"
     extendable: ClassVar[tuple[str, ...]] = ("epochs",)
     option_names: ClassVar[dict[str, str]] = {}
+    sizes: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def stage_epochs(self) -> tuple[int, ...]:
+        """Epochs of each stage of the training."""
+        return (self.epochs,)
 
     @classmethod
     def option(cls, name: str) -> str:
@@ -70,7 +77,21 @@ class Settings:
     @classmethod
     def parse(cls, name: str, value: Any) -> Any:
         """A value as the command line gives it, as the setting holds it."""
-        return value
+        if name not in cls.sizes:
+            return value
+        parts = value.replace(",", " ").split() if isinstance(value, str) else value
+        try:
+            return tuple(int(part) for part in parts)
+        except (TypeError, ValueError):
+            option = cls.option(name)
+            raise UserError(f"{option} is whole numbers separated by commas, as in 400,200; not {value!r}.") from None
+
+    def _check_sizes(self) -> None:
+        for name in self.sizes:
+            value = self.parse(name, getattr(self, name))
+            object.__setattr__(self, name, value)
+            if not value or min(value) < 1:
+                raise UserError(f"{self.option(name)} must be whole numbers of at least 1.")
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         if getattr(self, name) not in choices:
@@ -216,26 +237,10 @@ class ImageSettings(Settings):
     save_every: int = 500
 
     data_kind: ClassVar[str] = "images"
-    sizes: ClassVar[tuple[str, ...]] = ()  # settings that are several whole numbers
     arguments: ClassVar[tuple[str, ...]] = ()  # settings that the model's class takes by the same name
 
-    @classmethod
-    def parse(cls, name: str, value: Any) -> Any:
-        if name not in cls.sizes:
-            return value
-        parts = value.replace(",", " ").split() if isinstance(value, str) else value
-        try:
-            return tuple(int(part) for part in parts)
-        except (TypeError, ValueError):
-            option = cls.option(name)
-            raise UserError(f"{option} is whole numbers separated by commas, as in 400,200; not {value!r}.") from None
-
     def __post_init__(self) -> None:
-        for name in self.sizes:
-            value = self.parse(name, getattr(self, name))
-            object.__setattr__(self, name, value)
-            if not value or min(value) < 1:
-                raise UserError(f"{self.option(name)} must be whole numbers of at least 1.")
+        self._check_sizes()
         if self.likelihood is not None:
             self._check_choice("likelihood", LIKELIHOODS)
         if self.binarize is not None:
@@ -251,11 +256,6 @@ class ImageSettings(Settings):
         self._check_not_negative("weight_decay", "clip")
         self._check_run()
         self._check_seed("split_seed")
-
-    @property
-    def stage_epochs(self) -> tuple[int, ...]:
-        """Epochs of each stage of the training."""
-        return (self.epochs,)
 
     @property
     def warmup_epochs(self) -> float:

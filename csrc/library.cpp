@@ -84,4 +84,15 @@ STABLE_TORCH_LIBRARY(genfuse, m) {
   m.def(
       "discretized_gaussian_nll_backward(Tensor? grad, Tensor x, Tensor mean, Tensor scale, int batch_dims, "
       "bool log_std, int levels, int needs) -> (Tensor grad_x, Tensor grad_mean, Tensor grad_scale)");
+  // flow: splines, an element each
+  m.def(
+      "spline(Tensor x, Tensor params, Tensor? heights, Tensor? derivatives, "
+      "int kind, int normalizer, int ends, bool tails, bool inverse, float left, float right, float bottom, float top, "
+      "float min_width, float min_height, float min_derivative, float logit_scale, int bins, int batch_dims) -> "
+      "(Tensor y, Tensor log_abs_det)");
+  m.def(
+      "spline_backward(Tensor? grad_y, Tensor? grad_log_abs_det, Tensor x, Tensor params, Tensor? heights, "
+      "Tensor? derivatives, int kind, int normalizer, int ends, bool tails, bool inverse, float left, float right, float bottom, float top, "
+      "float min_width, float min_height, float min_derivative, float logit_scale, int bins, int batch_dims, "
+      "int needs) -> (Tensor grad_x, Tensor grad_params, Tensor grad_heights, Tensor grad_derivatives)");
 }

@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+from .flow import (
+    InputOutsideDomain,
+    cubic_spline,
+    linear_spline,
+    piecewise_rational_quadratic_transform,
+    quadratic_spline,
+    rational_quadratic_spline,
+    unconstrained_rational_quadratic_spline,
+)
 from .likelihood import bernoulli_nll, discretized_gaussian_nll, gaussian_nll
 from .recurrent import gru, gru_generate, linear_cross_entropy, lstm, lstm_generate
 from .sampling import (
@@ -22,9 +31,11 @@ from .sampling import (
 )
 
 __all__ = [
+    "InputOutsideDomain",
     "VectorQuantized",
     "bernoulli_nll",
     "categorical_sample",
+    "cubic_spline",
     "discretized_gaussian_nll",
     "gaussian_kl",
     "gaussian_nll",
@@ -34,6 +45,7 @@ __all__ = [
     "gru_generate",
     "gumbel_softmax",
     "linear_cross_entropy",
+    "linear_spline",
     "lstm",
     "lstm_generate",
     "philox_bits",
@@ -41,7 +53,11 @@ __all__ = [
     "philox_logistic",
     "philox_normal",
     "philox_uniform",
+    "piecewise_rational_quadratic_transform",
+    "quadratic_spline",
+    "rational_quadratic_spline",
     "relaxed_bernoulli",
+    "unconstrained_rational_quadratic_spline",
     "vector_quantize",
     "vector_quantize_statistics",
 ]

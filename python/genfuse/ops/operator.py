@@ -64,6 +64,7 @@ class Operator:
         saved: which results backward takes.
         reference: the definition, by names of arguments; returns the results as a tuple.
         fake: results by shape, for tracing; takes the arguments by position.
+        fake_gradient: a gradient by shape and strides, for tracing; takes the tensor's index and the tensor.
         recomputes: whether backward of a call with these arguments looks at no result, so that an empty tensor is
             kept in its place.
         module: of genfuse.kernels that has the Triton kernels, by the operator's names.
@@ -80,6 +81,9 @@ class Operator:
     saved: tuple[int, ...] = ()
     module: str = "sampling"
     recomputes: Callable[[Sequence[Any]], bool] = field(default=lambda inputs: False, repr=False)
+    fake_gradient: Callable[[int, Tensor], Tensor] = field(
+        default=lambda index, tensor: tensor.new_empty(tensor.shape), repr=False
+    )
     op: Any = None
     op_backward: Any = None
 
@@ -284,7 +288,7 @@ class Operator:
         tensors = arguments[first : first + self.differentiable]
         subject = tensors[0]
         gradients = tuple(
-            tensor.new_empty(tensor.shape) if tensor is not None and needs >> index & 1 else subject.new_empty(0)
+            self.fake_gradient(index, tensor) if tensor is not None and needs >> index & 1 else subject.new_empty(0)
             for index, tensor in enumerate(tensors)
         )
         return gradients if self.differentiable > 1 else gradients[0]
@@ -298,16 +302,16 @@ class Operator:
 
         return kernel
 
-    def enter(self, function: Callable[..., Any], subject: str) -> None:
+    def enter(self, function: Callable[..., Any], subject: str, *, triton: bool = True) -> None:
         """Enter a public function that this operator serves into the registry of backends."""
         name, half = function.__name__, (torch.float32, torch.bfloat16, torch.float16)
         backends.register_op(name, function, subject)
-        for kernel in (
-            backends.Kernel(name, "native", ("cpu",), objection=native_objection),
-            backends.Kernel(name, "triton", ("cuda",), half, proven=False, objection=self.triton_objection),
-            backends.Kernel(name, "reference", ()),
-        ):
-            backends.register(kernel)
+        backends.register(backends.Kernel(name, "native", ("cpu",), objection=native_objection))
+        if triton:
+            backends.register(
+                backends.Kernel(name, "triton", ("cuda",), half, proven=False, objection=self.triton_objection)
+            )
+        backends.register(backends.Kernel(name, "reference", ()))
 
     def triton_objection(self, arguments: backends.Arguments) -> str | None:
         """Why the Triton kernel cannot serve a call."""

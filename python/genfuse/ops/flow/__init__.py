@@ -2,4 +2,22 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from .spline import (
+    InputOutsideDomain,
+    cubic_spline,
+    linear_spline,
+    piecewise_rational_quadratic_transform,
+    quadratic_spline,
+    rational_quadratic_spline,
+    unconstrained_rational_quadratic_spline,
+)
+
+__all__ = [
+    "InputOutsideDomain",
+    "cubic_spline",
+    "linear_spline",
+    "piecewise_rational_quadratic_transform",
+    "quadratic_spline",
+    "rational_quadratic_spline",
+    "unconstrained_rational_quadratic_spline",
+]

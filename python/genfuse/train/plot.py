@@ -11,9 +11,11 @@ from .checkpoint import replacing
 from .measure import Measure
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from .base_module import Plan
 
-__all__ = ["draw_curves"]
+__all__ = ["draw_curves", "write_figure"]
 
 Curve = Sequence[tuple[int, float]]
 
@@ -27,7 +29,6 @@ def draw_curves(path: Path, plan: Plan, measures: Sequence[Measure], train: Curv
         measures: of each stage.
         train, held_out: (step, loss).
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1.0 + 6.0 * len(measures), 4.2), layout="constrained")
@@ -41,6 +42,13 @@ def draw_curves(path: Path, plan: Plan, measures: Sequence[Measure], train: Curv
         )
         if stage == 0:
             axes.set_xlim(left=0)
+    write_figure(path, figure)
+
+
+def write_figure(path: Path, figure: Figure) -> None:
+    """Write a Matplotlib figure as a PNG, atomically."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     content = io.BytesIO()
     FigureCanvasAgg(figure)  # draws without a window system, whatever backend is configured
     figure.savefig(content, format="png", dpi=120)

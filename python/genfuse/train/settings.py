@@ -15,9 +15,14 @@ if TYPE_CHECKING:
 __all__ = [
     "CELLS",
     "LEVELS",
+    "FlowSettings",
+    "GlowSettings",
     "HierarchicalVAESettings",
     "ImageSettings",
     "LanguageModelSettings",
+    "MAFSettings",
+    "NSFSettings",
+    "RealNVPSettings",
     "Settings",
     "VAESettings",
     "VQVAESettings",
@@ -28,6 +33,7 @@ CELLS = ("lstm", "layernorm_lstm", "gru")
 LEVELS = ("char", "byte")
 
 IMAGE_SETS = ("digits", "mnist5k", "fashion-mnist")
+TABLE_SETS = ("moons",)
 LIKELIHOODS = ("bernoulli", "gaussian", "discretized_gaussian")
 BINARIZE = ("dynamic", "none")
 ARCHITECTURES = ("mlp", "conv")
@@ -369,6 +375,109 @@ class VQVAESettings(ImageSettings):
     @property
     def stage_epochs(self) -> tuple[int, ...]:
         return (self.epochs, self.prior_epochs)
+
+
+@dataclass(frozen=True)
+class FlowSettings(Settings):
+    """Settings that the commands for flows have in common.
+
+    Raises:
+        UserError: a value is out of its range.
+    """
+
+    data: str = "moons"
+    image_size: int | None = None
+    grey: bool = False
+    held_out: float | None = None
+    split_seed: int = 0
+    hidden: tuple[int, ...] = (64, 64)
+    implementation: str = "genfuse"
+    batch_size: int = 256
+    epochs: int = 60
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    clip: float = 5.0
+    seed: int = 0
+    save_every: int = 500
+
+    data_kind: ClassVar[str] = "data"
+    sizes: ClassVar[tuple[str, ...]] = ("hidden",)
+    counts: ClassVar[tuple[str, ...]] = ()  # settings of the model that are whole numbers of at least 1
+    takes: ClassVar[tuple[str, ...]] = ("images", "tables")
+
+    def __post_init__(self) -> None:
+        self._check_sizes()
+        self._check_choice("implementation", IMPLEMENTATIONS)
+        if self.image_size is not None:
+            self._check_at_least(1, "image_size")
+        self._check_at_least(1, "batch_size", "epochs", "save_every", *self.counts)
+        self._check_not_negative("weight_decay", "clip")
+        self._check_run()
+        self._check_seed("split_seed")
+        if self.held_out is not None and self.held_out >= 0.5:
+            raise UserError(
+                f"--held-out is kept twice, for choosing and for testing: it must be below 0.5, not {self.held_out}."
+            )
+
+    def model_arguments(self, shape: tuple[int, ...], levels: int) -> dict[str, Any]:
+        """Keyword arguments of the model's class.
+
+        Args:
+            shape: of an item: (channels, height, width) of images, (columns,) of tables.
+            levels: how many values a pixel can have.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class RealNVPSettings(FlowSettings):
+    """Settings of ``genfuse train realnvp``; the defaults suit two-dimensional points and two CPU cores."""
+
+    flows: int = 8
+    levels: int = 2
+
+    counts: ClassVar[tuple[str, ...]] = ("flows", "levels")
+
+
+@dataclass(frozen=True)
+class GlowSettings(FlowSettings):
+    """Settings of ``genfuse train glow``; the defaults suit scikit-learn's digits and two CPU cores."""
+
+    data: str = "digits"
+    levels: int = 2
+    steps: int = 8
+    hidden: tuple[int, ...] = (64,)
+    reversible: bool = False
+
+    counts: ClassVar[tuple[str, ...]] = ("levels", "steps")
+    takes: ClassVar[tuple[str, ...]] = ("images",)
+
+
+@dataclass(frozen=True)
+class NSFSettings(FlowSettings):
+    """Settings of ``genfuse train nsf``; the defaults suit two-dimensional points and two CPU cores."""
+
+    flows: int = 5
+    bins: int = 8
+    tail_bound: float = 3.0
+    autoregressive: bool = False
+
+    counts: ClassVar[tuple[str, ...]] = ("flows", "bins")
+    takes: ClassVar[tuple[str, ...]] = ("tables",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_above_0("tail_bound")
+
+
+@dataclass(frozen=True)
+class MAFSettings(FlowSettings):
+    """Settings of ``genfuse train maf`` and ``iaf``."""
+
+    flows: int = 5
+
+    counts: ClassVar[tuple[str, ...]] = ("flows",)
+    takes: ClassVar[tuple[str, ...]] = ("tables",)
 
 
 def process_rank() -> int:

@@ -1,8 +1,10 @@
-"""Distributions of `torch.distributions`' kind over the fused operators."""
+"""Distributions of `torch.distributions`' kind over the fused operators, and the base distributions of flows, which are
+modules."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +14,15 @@ from torch.distributions.kl import register_kl
 
 from genfuse import ops
 
-__all__ = ["DiagonalGaussian", "kl_divergence"]
+__all__ = [
+    "BaseDistribution",
+    "DiagonalGaussian",
+    "DiagonalNormal",
+    "GaussianMixture",
+    "StandardNormal",
+    "UniformBox",
+    "kl_divergence",
+]
 
 _Size = torch.Size()
 
@@ -246,3 +256,235 @@ for _p, _q, _rule in (
     (Independent, DiagonalGaussian, lambda p, q: _kl(_base(p, q), q, q.event_shape)),
 ):
     register_kl(_p, _q)(_rule)  # type: ignore[no-untyped-call]
+
+
+# ---- base distributions of flows -------------------------------------------------------------------------------------
+
+_LOG_2PI = math.log(2.0 * math.pi)
+
+
+def _event_shape(name: str, shape: int | Sequence[int]) -> tuple[int, ...]:
+    sizes = (shape,) if hasattr(shape, "__index__") else shape
+    if isinstance(sizes, (str, bytes)) or not isinstance(sizes, Sequence):
+        raise TypeError(f"{name}: shape must be an int or a sequence of ints, got {type(shape).__name__}")
+    for size in sizes:
+        if isinstance(size, bool) or not hasattr(size, "__index__"):
+            raise TypeError(f"{name}: shape must hold ints, got {type(size).__name__}")
+        if size.__index__() < 1:
+            raise ValueError(f"{name}: shape must be at least 1, got {size}")
+    return tuple(int(size) for size in sizes)
+
+
+class BaseDistribution(torch.nn.Module):
+    """Base of the distributions that flows start from; not a distribution itself.
+
+    Attributes:
+        event_shape: of one sample.
+    """
+
+    like: Tensor
+
+    def __init__(self, shape: int | Sequence[int]) -> None:
+        super().__init__()
+        self.event_shape = _event_shape(type(self).__name__, shape)
+        # It knows the device and the dtype, whatever else the distribution has.
+        self.register_buffer("like", torch.zeros(()), persistent=False)
+
+    def extra_repr(self) -> str:
+        return ", ".join(map(str, self.event_shape))
+
+    def _check(self, x: Tensor) -> None:
+        name = type(self).__name__
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: x must be a Tensor, got {type(x).__name__}")
+        if x.dim() != 1 + len(self.event_shape) or x.shape[1:] != self.event_shape:
+            want = ", ".join(map(str, ("B", *self.event_shape)))
+            raise ValueError(f"{name}: x must be [{want}], got {list(x.shape)}")
+
+    def _check_temperature(self, temperature: float) -> None:
+        if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+            raise TypeError(f"{type(self).__name__}: temperature must be a number, got {type(temperature).__name__}")
+        if not 0.0 <= temperature < math.inf:
+            raise ValueError(f"{type(self).__name__}: temperature must be finite and not negative, got {temperature}")
+
+    def _normal(self, n: int, temperature: float, generator: torch.Generator | None) -> Tensor:
+        """Normals of standard deviation `temperature`, at least float32, drawn as `genfuse.ops` draws them."""
+        self._check_temperature(temperature)
+        zero = _wide(self.like).expand(n, *self.event_shape)
+        noise = ops.gaussian_rsample(zero, zero, generator=generator)
+        return noise if temperature == 1.0 else noise * temperature
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log-density of x ``[B, *event_shape]``: ``[B]``, float32 or wider.
+
+        Raises:
+            TypeError: x is no Tensor.
+            ValueError: x has another shape.
+        """
+        raise NotImplementedError
+
+    def rsample(self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+        """Reparametrised samples.
+
+        Args:
+            n: how many.
+            temperature: standard deviations are multiplied by it.
+            generator: where the noise is drawn from; the device's default generator otherwise.
+
+        Returns:
+            ``[n, *event_shape]``.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def sample(self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+        """`rsample` without a gradient."""
+        return self.rsample(n, temperature=temperature, generator=generator)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+class StandardNormal(BaseDistribution):
+    """Independent N(0, 1).
+
+    Args:
+        shape: of one sample.
+
+    Example:
+        >>> base = StandardNormal(2)
+        >>> base.log_prob(torch.zeros(1, 2)), base.sample(3).shape
+        (tensor([-1.8379]), torch.Size([3, 2]))
+    """
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        self._check(x)
+        x = _wide(x).flatten(1)
+        return -0.5 * (x.square().sum(1) + x.size(1) * _LOG_2PI)
+
+    def rsample(self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+        return self._normal(n, temperature, generator)
+
+
+class DiagonalNormal(BaseDistribution):
+    """Independent normals with learnt means and standard deviations, which start at 0 and 1.
+
+    Args:
+        shape: of one sample.
+
+    Example:
+        >>> base = DiagonalNormal(2)
+        >>> base.log_prob(torch.zeros(1, 2)).shape, base.sample(3).shape
+        (torch.Size([1]), torch.Size([3, 2]))
+    """
+
+    def __init__(self, shape: int | Sequence[int]) -> None:
+        super().__init__(shape)
+        self.mean = torch.nn.Parameter(torch.zeros(self.event_shape))
+        self.log_std = torch.nn.Parameter(torch.zeros(self.event_shape))
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        self._check(x)
+        dtype = torch.promote_types(x.dtype, self.mean.dtype)
+        mean, log_std = self.mean.to(dtype).expand_as(x), self.log_std.to(dtype).expand_as(x)
+        return -ops.gaussian_nll(x.to(dtype), mean, log_std=log_std, batch_dims=1)
+
+    def rsample(self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+        return _wide(self.mean) + _wide(self.log_std).exp() * self._normal(n, temperature, generator)
+
+
+class GaussianMixture(BaseDistribution):
+    """A mixture of normals with independent components, all learnt.
+
+    `rsample` draws the component and differentiates through that component's normal, which is no estimate of the
+    weights' gradient: where they want one it refuses.
+
+    Args:
+        features: D of one sample.
+        components: K. Means start spread like N(0, 1), standard deviations at 1, weights equal.
+
+    Raises:
+        RuntimeError: from `rsample`, where the weights require a gradient (``logits.requires_grad_(False)`` fixes
+            them).
+
+    Example:
+        >>> base = GaussianMixture(2, 5)
+        >>> base.log_prob(torch.zeros(1, 2)).shape, base.sample(3).shape
+        (torch.Size([1]), torch.Size([3, 2]))
+    """
+
+    def __init__(self, features: int, components: int) -> None:
+        super().__init__(features)
+        if isinstance(components, bool) or not hasattr(components, "__index__"):
+            raise TypeError(f"GaussianMixture: components must be an int, got {type(components).__name__}")
+        if components.__index__() < 1:
+            raise ValueError(f"GaussianMixture: components must be at least 1, got {components}")
+        self.components = int(components)
+        self.logits = torch.nn.Parameter(torch.zeros(self.components))
+        self.mean = torch.nn.Parameter(torch.randn(self.components, *self.event_shape))
+        self.log_std = torch.nn.Parameter(torch.zeros(self.components, *self.event_shape))
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        self._check(x)
+        mean, log_std = _wide(self.mean), _wide(self.log_std)
+        whitened = (_wide(x).unsqueeze(1) - mean) * torch.exp(-log_std)
+        each = -0.5 * (whitened.square().sum(2) + x.size(1) * _LOG_2PI) - log_std.sum(1)
+        return torch.logsumexp(each + _wide(self.logits).log_softmax(0), 1)
+
+    def rsample(self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+        if torch.is_grad_enabled() and self.logits.requires_grad:
+            raise RuntimeError(
+                "GaussianMixture: samples have no gradient by the weights; use sample, or logits.requires_grad_(False)"
+            )
+        weights = _wide(self.logits.detach()).softmax(0)
+        if n == 0:
+            return self._normal(0, temperature, generator)
+        which = torch.multinomial(weights, n, replacement=True, generator=generator)
+        mean, std = _wide(self.mean).index_select(0, which), _wide(self.log_std).index_select(0, which).exp()
+        return mean + std * self._normal(n, temperature, generator)
+
+
+class UniformBox(BaseDistribution):
+    """Uniform between two corners; the density outside is 0.
+
+    Args:
+        low: the lower corner, of the event's shape; or a number, with the shape from high.
+        high: the upper corner, likewise.
+
+    Raises:
+        ValueError: both are numbers, or low is not below high everywhere; from `rsample`, a temperature other than 1.
+
+    Example:
+        >>> base = UniformBox(torch.tensor([0.0, -1.0]), torch.tensor([1.0, 1.0]))
+        >>> base.log_prob(torch.tensor([[0.5, 0.5], [2.0, 0.5]])), base.sample(3).shape
+        (tensor([-0.6931,    -inf]), torch.Size([3, 2]))
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, low: Tensor | float, high: Tensor | float) -> None:
+        broadcast: Any = torch.broadcast_tensors
+        lows, highs = broadcast(torch.as_tensor(low).float(), torch.as_tensor(high).float())
+        if lows.dim() == 0:
+            raise ValueError("UniformBox: one of low and high must have the shape of a sample, got two numbers")
+        if not bool((lows < highs).all()):
+            raise ValueError("UniformBox: low must be below high everywhere")
+        super().__init__(tuple(lows.shape))
+        self.register_buffer("low", lows.clone())
+        self.register_buffer("high", highs.clone())
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        self._check(x)
+        inside = ((x >= self.low) & (x <= self.high)).flatten(1).all(1)
+        volume = _wide(self.high - self.low).log().sum()
+        found = torch.where(inside, -volume, -math.inf)
+        return torch.where(x.isnan().flatten(1).any(1), math.nan, found)
+
+    def rsample(self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+        if temperature != 1.0:
+            raise ValueError(f"UniformBox: temperature must be 1, got {temperature}")
+        low, high = _wide(self.low), _wide(self.high)
+        u = torch.rand((n, *self.event_shape), dtype=low.dtype, device=low.device, generator=generator)
+        return low + (high - low) * u

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from .flow import IAF, MAF, FlowModel, Glow, NeuralSplineFlow, RealNVP
 from .hierarchical_vae import HierarchicalVAE
 from .language_model import LSTMLanguageModel
 from .vae import VAE
 from .vqvae import VQVAE
 
-__all__ = ["VAE", "VQVAE", "HierarchicalVAE", "LSTMLanguageModel"]
+__all__ = [
+    "IAF",
+    "MAF",
+    "VAE",
+    "VQVAE",
+    "FlowModel",
+    "Glow",
+    "HierarchicalVAE",
+    "LSTMLanguageModel",
+    "NeuralSplineFlow",
+    "RealNVP",
+]

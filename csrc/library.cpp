@@ -95,4 +95,18 @@ STABLE_TORCH_LIBRARY(genfuse, m) {
       "Tensor? derivatives, int kind, int normalizer, int ends, bool tails, bool inverse, float left, float right, float bottom, float top, "
       "float min_width, float min_height, float min_derivative, float logit_scale, int bins, int batch_dims, "
       "int needs) -> (Tensor grad_x, Tensor grad_params, Tensor grad_heights, Tensor grad_derivatives)");
+  // flow: masked networks; `program` and `constants` are laid out in python/genfuse/reference/flow/autoregressive.py
+  m.def(
+      "masked_linear(Tensor x, Tensor weight, Tensor? bias, Tensor in_degrees, Tensor out_degrees, bool strict) -> "
+      "Tensor");
+  m.def(
+      "masked_linear_backward(Tensor? grad, Tensor x, Tensor weight, Tensor? bias, Tensor in_degrees, "
+      "Tensor out_degrees, bool strict, int needs) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
+  m.def(
+      "autoregressive_inverse(Tensor u, Tensor parameters, Tensor? additions, Tensor degrees, int[] program, "
+      "float[] constants) -> (Tensor x, Tensor log_abs_det)");
+  m.def(
+      "autoregressive_inverse_backward(Tensor? grad_x, Tensor? grad_log_abs_det, Tensor u, Tensor parameters, "
+      "Tensor? additions, Tensor degrees, Tensor x, int[] program, float[] constants, int needs) -> "
+      "(Tensor grad_u, Tensor grad_parameters, Tensor grad_additions)");
 }

@@ -109,4 +109,29 @@ STABLE_TORCH_LIBRARY(genfuse, m) {
       "autoregressive_inverse_backward(Tensor? grad_x, Tensor? grad_log_abs_det, Tensor u, Tensor parameters, "
       "Tensor? additions, Tensor degrees, Tensor x, int[] program, float[] constants, int needs) -> "
       "(Tensor grad_u, Tensor grad_parameters, Tensor grad_additions)");
+  // flow: couplings and pointwise transforms. Codes of scale, layout and split: python/genfuse/ops/flow/coupling.py
+  m.def(
+      "affine_coupling(Tensor x, Tensor params, Tensor? shift, Tensor? channels, int scale, int layout, int split, "
+      "bool add_first, bool inverse, float offset, float eps, float low, float clamp, bool reduce) -> "
+      "(Tensor y, Tensor log_abs_det)");
+  m.def(
+      "affine_coupling_backward(Tensor? grad_y, Tensor? grad_log_abs_det, Tensor x, Tensor params, Tensor? shift, "
+      "Tensor? channels, int scale, int layout, int split, bool add_first, bool inverse, float offset, float eps, "
+      "float low, float clamp, bool reduce, int needs) -> (Tensor grad_x, Tensor grad_params, Tensor grad_shift)");
+  m.def("additive_coupling(Tensor x, Tensor shift, Tensor? channels, int split, bool inverse) -> Tensor");
+  m.def(
+      "additive_coupling_backward(Tensor? grad_y, Tensor x, Tensor shift, Tensor? channels, int split, bool inverse, "
+      "int needs) -> (Tensor grad_x, Tensor grad_shift)");
+  m.def(
+      "actnorm(Tensor x, Tensor log_scale, Tensor bias, bool inverse, bool add_first) -> "
+      "(Tensor y, Tensor log_abs_det)");
+  m.def(
+      "actnorm_backward(Tensor? grad_y, Tensor? grad_log_abs_det, Tensor x, Tensor log_scale, Tensor bias, "
+      "bool inverse, bool add_first, int needs) -> (Tensor grad_x, Tensor grad_log_scale, Tensor grad_bias)");
+  m.def(
+      "dequantize_logit(Tensor x, Tensor? u, Tensor? rng, int levels, float alpha) -> (Tensor y, Tensor log_abs_det)");
+  m.def(
+      "dequantize_logit_backward(Tensor? grad_y, Tensor? grad_log_abs_det, Tensor x, Tensor? u, Tensor? rng, "
+      "int levels, float alpha, int needs) -> (Tensor grad_x, Tensor grad_u)");
+  m.def("logit_quantize(Tensor y, int levels, float alpha) -> Tensor");
 }

@@ -159,5 +159,46 @@ GENFUSE_HD Vec<T> finite_exp(Vec<T> x) {
   return within(exp_wide<T>(x), T(0), std::numeric_limits<T>::max());
 }
 
+// ln x over the whole range of the type: -infinity for 0, NaN below.
+GENFUSE_HD VecFloat log_wide(VecFloat x) {
+  const VecFloat infinite = broadcast(std::numeric_limits<float>::infinity());
+  const VecFloat none = broadcast(std::numeric_limits<float>::quiet_NaN());
+  const VecInt32 small = x < std::numeric_limits<float>::min();
+  VecFloat f;
+  const VecFloat exponent = to_float(log_reduce(small ? 0x1p24f * x : x, f));
+  const VecFloat log = log_reduced(small ? exponent - 24.0f : exponent, f);
+  return x > 0 ? (x == infinite ? x : log) : (x == 0 ? -infinite : none);
+}
+GENFUSE_HD Vec<double> log_wide(Vec<double> x) {
+  Vec<double> r{};
+  for (int i = 0; i < kLanes<double>; ++i) r[i] = ::log(x[i]);
+  return r;
+}
+
+// ln(1 / (1 + e^-x)), where u is e^-|x|; NaN stays.
+template <class T>
+GENFUSE_HD Vec<T> log_sigmoid(Vec<T> x, Vec<T> u) {
+  return (x > 0 ? Vec<T>{} : x) - log1p_unit(u);
+}
+
+// By atan x = pi/4 + atan((x - 1) / (x + 1)) or pi/2 - atan(1 / x) of an argument up to tan(pi/8), where the polynomial
+// is the minimax one of (atan(t) / t - 1) / t^2; off by 3 ulp at most.
+GENFUSE_HD VecFloat atan(VecFloat x) {
+  const VecFloat one = VecFloat{} + 1.0f, y = as_float(as_int(x) & 0x7fffffff);
+  const VecInt32 middle = y > 0.41421357f, far = y > 2.4142137f;
+  const VecFloat above = far ? -one : (middle ? y - one : y), below = far ? y : (middle ? y + one : one);
+  const VecFloat quarter = VecFloat{} + 0.78539819f, t = above / below, square = t * t;
+  VecFloat p = square * 0.08052483201026917f - 0.13877321779727936f;
+  p = p * square + 0.1997767984867096f;
+  p = p * square - 0.3333294987678528f;
+  const VecFloat r = (far ? quarter + quarter : (middle ? quarter : VecFloat{})) + (t + t * square * p);
+  return as_float(as_int(r) | (as_int(x) & static_cast<int32_t>(0x80000000u)));
+}
+GENFUSE_HD Vec<double> atan(Vec<double> x) {
+  Vec<double> r{};
+  for (int i = 0; i < kLanes<double>; ++i) r[i] = ::atan(x[i]);
+  return r;
+}
+
 }  // namespace GENFUSE_ISA
 }  // namespace genfuse

@@ -68,6 +68,7 @@ class Operator:
         recomputes: whether backward of a call with these arguments looks at no result, so that an empty tensor is
             kept in its place.
         module: of genfuse.kernels that has the Triton kernels, by the operator's names.
+        lowers: whether autocast makes its tensors narrower, as those of a matrix product, and not wider.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Operator:
     fake_gradient: Callable[[int, Tensor], Tensor] = field(
         default=lambda index, tensor: tensor.new_empty(tensor.shape), repr=False
     )
+    lowers: bool = False
     op: Any = None
     op_backward: Any = None
 
@@ -259,7 +261,7 @@ class Operator:
         self.op = getattr(torch.ops.genfuse, self.name).default
         registry.register_fake(f"genfuse::{self.name}", self.fake, lib=library)
         registry.register_vmap(f"genfuse::{self.name}", vmap_by_loop(self.op), lib=library)
-        autocast_to_float32(self.name, self.op)
+        autocast_rule(self.name, self.op, lowered if self.lowers else widened)
         library.impl(self.name, self._on_cuda(self.name), "CUDA")
         if not self.differentiable:
             return
@@ -445,15 +447,34 @@ def under_autocast(subject: object, *tensors: Any) -> tuple[Any, ...]:
     return tensors
 
 
-def autocast_to_float32(name: str, op: Any) -> None:
+def lowered(device_type: str, *tensors: Any) -> tuple[Any, ...]:
+    """Autocast's rule for the operands of a product: floating tensors of the device but float64 become its dtype."""
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(
+        tensor.to(dtype)
+        if isinstance(tensor, Tensor)
+        and tensor.is_floating_point()
+        and tensor.dtype not in (dtype, torch.float64)
+        and tensor.device.type == device_type
+        else tensor
+        for tensor in tensors
+    )
+
+
+def autocast_rule(name: str, op: Any, change: Callable[..., tuple[Any, ...]]) -> None:
     """Register autocast's rule for direct callers of the operator."""
     for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
 
         def rule(*arguments: Any, device_type: str = device_type, key: str = key) -> Any:
             with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
-                return op(*widened(device_type, *arguments))
+                return op(*change(device_type, *arguments))
 
         rule_library().impl(name, rule, key)
+
+
+def autocast_to_float32(name: str, op: Any) -> None:
+    """Register the rule of what must keep its digits."""
+    autocast_rule(name, op, widened)
 
 
 def vmap_by_loop(op: Any) -> Callable[..., Any]:
@@ -470,13 +491,15 @@ def vmap_by_loop(op: Any) -> Callable[..., Any]:
 
         def example(index: int) -> list[Any]:
             return [
-                argument if dim is None or argument is None else argument.select(dim, index)
+                argument if dim is None or not isinstance(argument, Tensor) else argument.select(dim, index)
                 for argument, dim in zip(arguments, in_dims, strict=True)
             ]
 
         if info.batch_size == 0:  # the shapes of one example that is not there
             one = [
-                a if dim is None or a is None else a.new_zeros([n for k, n in enumerate(a.shape) if k != dim])
+                a
+                if dim is None or not isinstance(a, Tensor)
+                else a.new_zeros([n for k, n in enumerate(a.shape) if k != dim])
                 for a, dim in zip(arguments, in_dims, strict=True)
             ]
             shapes = op(*one)

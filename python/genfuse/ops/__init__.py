@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from .flow import (
     InputOutsideDomain,
+    MaskedLayer,
+    autoregressive_inverse,
     cubic_spline,
     linear_spline,
+    masked_linear,
     piecewise_rational_quadratic_transform,
     quadratic_spline,
     rational_quadratic_spline,
@@ -32,7 +35,9 @@ from .sampling import (
 
 __all__ = [
     "InputOutsideDomain",
+    "MaskedLayer",
     "VectorQuantized",
+    "autoregressive_inverse",
     "bernoulli_nll",
     "categorical_sample",
     "cubic_spline",
@@ -48,6 +53,7 @@ __all__ = [
     "linear_spline",
     "lstm",
     "lstm_generate",
+    "masked_linear",
     "philox_bits",
     "philox_gumbel",
     "philox_logistic",

@@ -472,11 +472,6 @@ def autocast_rule(name: str, op: Any, change: Callable[..., tuple[Any, ...]]) ->
         rule_library().impl(name, rule, key)
 
 
-def autocast_to_float32(name: str, op: Any) -> None:
-    """Register the rule of what must keep its digits."""
-    autocast_rule(name, op, widened)
-
-
 def vmap_by_loop(op: Any) -> Callable[..., Any]:
     """A vmap rule: one call for each example."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .autoregressive import MaskedLayer, autoregressive_inverse, masked_linear
 from .spline import (
     InputOutsideDomain,
     cubic_spline,
@@ -14,8 +15,11 @@ from .spline import (
 
 __all__ = [
     "InputOutsideDomain",
+    "MaskedLayer",
+    "autoregressive_inverse",
     "cubic_spline",
     "linear_spline",
+    "masked_linear",
     "piecewise_rational_quadratic_transform",
     "quadratic_spline",
     "rational_quadratic_spline",

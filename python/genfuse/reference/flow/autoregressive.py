@@ -7,7 +7,6 @@ d - 1, so they see the columns of lower degrees alone.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,17 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .coupling import SCALES as _SCALES
+from .coupling import _scaled
 from .spline import spline
 
 __all__ = [
     "ACTIVATIONS",
+    "NORMALIZERS",
     "SCALES",
     "TRANSFORMS",
     "MaskedLayer",
     "autoregressive_inverse",
     "masked_linear",
     "masked_network",
-    "unpack",
 ]
 
 # The order is that of the kernels' codes.
@@ -40,11 +41,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
 }
 TRANSFORMS = ("affine", "additive", "rational_quadratic")
-SCALES = ("exp", "softplus", "sigmoid", "softclip", "clip")
+SCALES = tuple(_SCALES)
 NORMALIZERS = ("softmax", "identity", "zuko")
 HEADER = 5  # integers of a program before the columns' degrees
 FIELDS = 6  # and for each layer
-CLIP = (-5.0, 3.0)
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def masked_linear(
     return (F.linear(x, torch.where(mask, weight, 0), bias),)  # not a product: what is dead may be NaN
 
 
-def parameter_order(columns: int, each: int, columns_first: bool) -> list[int]:
+def _parameter_order(columns: int, each: int, columns_first: bool) -> list[int]:
     """The column of each unit of the last layer."""
     if columns_first:
         return [unit // each for unit in range(columns * each)]
@@ -104,15 +104,15 @@ def masked_network(
         tensor([[0., 6.]])
     """
     columns = x.size(-1)
-    of_x = torch.tensor(list(degrees), device=x.device)
+    of_x = torch.tensor(list(degrees), dtype=torch.int64, device=x.device)
     of_layer: list[Tensor] = []
     found: list[Tensor] = []
     for index, layer in enumerate(layers):
         source = index - 1 if layer.source is None else layer.source
         own = layer.degrees
         if own is None:
-            each = layer.weight.size(0) // columns
-            own = of_x[parameter_order(columns, each, columns_first)] - 1
+            each = layer.weight.size(0) // max(columns, 1)
+            own = of_x[_parameter_order(columns, each, columns_first)] - 1
         inputs, sees = (x, of_x) if source < 0 else (found[source], of_layer[source])
         (h,) = masked_linear(ACTIVATIONS[layer.activation](inputs), layer.weight, layer.bias, sees, own, False)
         if layer.add is not None:
@@ -121,49 +121,10 @@ def masked_network(
             h = h + found[layer.residual]
         found.append(h)
         of_layer.append(own)
-    parameters = found[-1]
+    each = found[-1].size(-1) // max(columns, 1)
     if columns_first:
-        return parameters.unflatten(-1, (columns, -1))
-    return parameters.unflatten(-1, (-1, columns)).transpose(-1, -2)
-
-
-class _Clip(torch.autograd.Function):
-    """Clip whose gradient is 1 everywhere, as pyro's."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(r: Tensor) -> Tensor:
-        return r.clamp(*CLIP)
-
-    @staticmethod
-    def setup_context(ctx: object, inputs: object, output: object) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: object, grad: Tensor) -> Tensor:  # type: ignore[override]
-        return grad
-
-    @staticmethod
-    def jvp(ctx: object, tangent: Tensor) -> Tensor:  # type: ignore[override]
-        return tangent.clone()
-
-
-def scale_and_log(raw: Tensor, kind: str, offset: float, eps: float, clamp: float) -> tuple[Tensor, Tensor]:
-    """The scale of an affine transformation from what a network gives, and its logarithm."""
-    if kind == "exp":
-        log = raw
-    elif kind == "softclip":
-        log = raw / (1 + (raw / math.log(clamp)).abs())
-    elif kind == "clip":
-        log = _Clip.apply(raw)  # type: ignore[no-untyped-call]
-    elif kind == "softplus":
-        scale = F.softplus(raw) + eps
-        return scale, scale.log()
-    else:
-        scale = torch.sigmoid(raw + offset) + eps
-        return scale, scale.log() if eps > 0 else F.logsigmoid(raw + offset)
-    return log.exp(), log
+        return found[-1].reshape(*x.shape[:-1], columns, each)
+    return found[-1].reshape(*x.shape[:-1], each, columns).transpose(-1, -2)
 
 
 def _columns_inverse(
@@ -171,21 +132,36 @@ def _columns_inverse(
 ) -> tuple[Tensor, Tensor]:
     """x and ln |dx/du| of each element: u [B, D], parameters [B, D, P]."""
     transform, kind, _, scale_first, _ = program[:HEADER]
-    offset, eps, clamp, bound, min_width, min_height, min_derivative, logit_scale = constants
+    offset, eps, low, clamp, bound, min_width, min_height, min_derivative, logit_scale = constants
     if TRANSFORMS[transform] == "additive":
         return u - parameters[..., 0], torch.zeros_like(u)
     if TRANSFORMS[transform] == "affine":
         raw, shift = parameters[..., 1 - scale_first], parameters[..., scale_first]
-        scale, log = scale_and_log(raw, SCALES[kind], offset, eps, clamp)
-        return (u - shift) / scale, -log
-    bins = (parameters.size(-1) + 1) // 3
+        return _scaled(u - shift, raw, SCALES[kind], offset, eps, low, clamp, True)
     return spline(
-        *(u, parameters, None, None, "rational_quadratic", NORMALIZERS[kind], "one", True, True),
-        *(-bound, bound, -bound, bound, min_width, min_height, min_derivative, logit_scale, bins, u.dim()),
+        u,
+        parameters,
+        None,
+        None,
+        kind="rational_quadratic",
+        normalizer=NORMALIZERS[kind],
+        ends="one",
+        tails=True,
+        inverse=True,
+        left=-bound,
+        right=bound,
+        bottom=-bound,
+        top=bound,
+        min_width=min_width,
+        min_height=min_height,
+        min_derivative=min_derivative,
+        logit_scale=logit_scale,
+        bins=(parameters.size(-1) + 1) // 3,
+        batch_dims=u.dim(),
     )
 
 
-def unpack(
+def _unpack(
     u: Tensor,
     parameters: Tensor,
     additions: Tensor | None,
@@ -245,16 +221,16 @@ def autoregressive_inverse(
         degrees: int64 ``[sum of units]`` of all layers but the last.
         program: transform, its kind, P, whether the scale comes first, whether a column's parameters lie together; the
             columns' degrees; for each layer: units, source, activation, has_bias, has_add, residual (-1 for none).
-        constants: offset, eps, clamp, tail_bound, min_bin_width, min_bin_height, min_derivative, logit_scale.
+        constants: offset, eps, low, clamp, tail_bound, min_bin_width, min_bin_height, min_derivative, logit_scale.
     """
     dtype, wide = u.dtype, torch.float64 if u.dtype == torch.float64 else torch.float32
     u, parameters = u.to(wide), parameters.to(wide)
     additions = None if additions is None else additions.to(wide)
-    layers, of_columns = unpack(u, parameters, additions, degrees, program)
+    layers, of_columns = _unpack(u, parameters, additions, degrees, program)
     x, log_slope = torch.zeros_like(u), torch.zeros_like(u)
     for degree in sorted(set(of_columns)):
         found = masked_network(x, layers, of_columns, columns_first=bool(program[4]))
         now, slope = _columns_inverse(u, found, program, constants)
-        mine = torch.tensor([one == degree for one in of_columns], device=u.device)
+        mine = torch.tensor([one == degree for one in of_columns], dtype=torch.bool, device=u.device)
         x, log_slope = torch.where(mine, now, x), torch.where(mine, slope, log_slope)
     return x.to(dtype), log_slope.sum(-1)

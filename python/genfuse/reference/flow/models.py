@@ -113,7 +113,8 @@ class _ConvNet(torch.nn.Module):
         h: Tensor = self.layers[0](x)
         if self.context_layer is not None:
             h = h + self.context_layer(context)[:, :, None, None]
-        return self.layers[2](F.relu(self.layers[1](F.relu(h))))
+        out: Tensor = self.layers[2](F.relu(self.layers[1](F.relu(h))))
+        return out
 
 
 class _MADE(torch.nn.Module):

@@ -107,10 +107,16 @@ inline void blocks(const Executor& executor, int64_t count, F&& block) {
   });
 }
 
+// Rational-quadratic splines of 8 bins, which most people use, are compiled apart.
 template <class T>
+bool usual(const SplineOptions<T>& o) {
+  return o.kind == SplineKind::rational_quadratic && o.bins == 8;
+}
+
+template <class T, int Bins>
 void forward(const Spline<T>& p, char* workspace, const Executor& executor) {
   const RowSums<T> sums{p.log_slope, p.row, reinterpret_cast<double*>(workspace)};
-  const SplineMath<T> math(p.options);
+  const SplineMath<T, Bins> math(p.options);
   blocks(executor, p.count, [&](int64_t begin, int64_t n) {
     alignas(64) T buffer[kBlock], each[kBlock];
     Group<T> group;
@@ -128,10 +134,10 @@ void forward(const Spline<T>& p, char* workspace, const Executor& executor) {
   sums.finish(p.count);
 }
 
-template <class T>
-void backward(const SplineBackward<T>& b, char*, const Executor& executor) {
+template <class T, int Bins>
+void backward(const SplineBackward<T>& b, const Executor& executor) {
   const Spline<T>& p = b.forward;
-  const SplineMath<T> math(p.options);
+  const SplineMath<T, Bins> math(p.options);
   blocks(executor, p.count, [&](int64_t begin, int64_t n) {
     alignas(64) T buffer[kBlock], each[kBlock];
     Group<T> group;
@@ -158,11 +164,17 @@ void backward(const SplineBackward<T>& b, char*, const Executor& executor) {
 
 template <class T>
 KernelOf<Spline<T>> spline_kernel() {
-  return {[](const Spline<T>& p, int) { return RowSums<T>::workspace(p.count); }, &forward<T>};
+  return {[](const Spline<T>& p, int) { return RowSums<T>::workspace(p.count); },
+          [](const Spline<T>& p, char* workspace, const Executor& executor) {
+            return usual(p.options) ? forward<T, 8>(p, workspace, executor) : forward<T, 0>(p, workspace, executor);
+          }};
 }
 template <class T>
 KernelOf<SplineBackward<T>> spline_backward_kernel() {
-  return {[](const SplineBackward<T>&, int) { return size_t{0}; }, &backward<T>};
+  return {[](const SplineBackward<T>&, int) { return size_t{0}; },
+          [](const SplineBackward<T>& b, char*, const Executor& executor) {
+            return usual(b.forward.options) ? backward<T, 8>(b, executor) : backward<T, 0>(b, executor);
+          }};
 }
 template KernelOf<Spline<float>> spline_kernel<float>();
 template KernelOf<Spline<double>> spline_kernel<double>();

@@ -1,6 +1,6 @@
 // One spline for each lane of a vector. The parameters of a lane lie in an array of vectors: widths, then heights, then
-// derivatives. `apply` evaluates a spline or its inverse; `differentiate` recomputes and turns the parameters into their
-// gradients. The formulas are those of reference/flow/spline.py.
+// derivatives. `apply` evaluates a spline or its inverse; `differentiate` recomputes and turns the parameters into
+// their gradients. The formulas are those of reference/flow/spline.py.
 //
 // Derivatives of an inverse go by the forward map at the solution: with x = f^-1(y) and the slope G of f at x, the
 // gradient by y is A / G with A = g_x - g_log dlog G/dx, and those by the parameters are the forward map's for the
@@ -42,13 +42,39 @@ template <class T>
 GENFUSE_HD Vec<T> spline_abs(Vec<T> x) {
   return x < 0 ? -x : x;
 }
+// e^x for x <= 0, as the logits of a softmax less their largest.
+template <class T>
+GENFUSE_HD Vec<T> exp_below(Vec<T> x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    using C = ExpConstants<T>;
+    x = reinterpret_cast<Vec<T>>(_mm512_maskz_max_ps(0xffff, _mm512_set1_ps(-150.0f), reinterpret_cast<__m512>(x)));
+    const Vec<T> n = (x * 1.4426950408889634f + C::magic) - C::magic;
+    const Vec<T> r = (x - n * C::ln2_high) - n * C::ln2_low;
+    const Vec<T> m = 1.0f + (exp_tail(r) + r);
+    return reinterpret_cast<Vec<T>>(
+        _mm512_maskz_scalef_ps(0xffff, reinterpret_cast<__m512>(m), reinterpret_cast<__m512>(n)));
+  }
+#endif
+  return exp_vector<T>(x);
+}
 // ln(1 + e^(beta u)) / beta
 template <class T>
-GENFUSE_HD Vec<T> softplus(Vec<T> u, T beta) {
-  const Vec<T> z = u * beta, e = exp_vector<T>(-spline_abs<T>(z));
-  const Vec<T> r = ((z > 0 ? z : Vec<T>{}) + log1p_unit(e)) / beta;
+GENFUSE_HD Vec<T> softplus(Vec<T> u, T beta, T inverse_beta) {
+  const Vec<T> z = u * beta, e = exp_below<T>(-spline_abs<T>(z));
+  const Vec<T> r = ((z > 0 ? z : Vec<T>{}) + log1p_unit(e)) * inverse_beta;
   return u == u ? r : u;
 }
+// The larger; `a` where b is NaN.
+GENFUSE_HD VecFloat larger(VecFloat a, VecFloat b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<VecFloat>(
+      _mm512_maskz_max_ps(0xffff, reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(a)));
+#else
+  return b > a ? b : a;
+#endif
+}
+GENFUSE_HD Vec<double> larger(Vec<double> a, Vec<double> b) { return b > a ? b : a; }
 template <class T>
 GENFUSE_HD Vec<T> soft_clip(Vec<T> u, T limit) {
   return u / (T(1) + spline_abs<T>(u) * (T(1) / limit));
@@ -59,19 +85,49 @@ GENFUSE_HD Vec<T> soft_clip_slope(Vec<T> u, T limit) {
   return r * r;
 }
 
-template <class T>
-struct SplineMath {
+// A running sum that keeps what each addition rounds off: torch's cumsum adds float32 in float64, and the knots of many
+// bins would be half as accurate without; few bins do without.
+template <class V, bool Few>
+struct RunningSum {
+  V high{}, low{};
+  GENFUSE_HD void add(V term) {
+    const V next = high + term;
+    if constexpr (!Few) low += term - (next - high);
+    high = next;
+  }
+  GENFUSE_HD V value() const { return Few ? high : high + low; }
+};
+
+// The number of bins, known to the compiler if it is not 0.
+template <int Bins>
+struct SplineBins {
+  static constexpr int K = Bins;
+  explicit SplineBins(int) {}
+};
+template <>
+struct SplineBins<0> {
+  const int K;
+  explicit SplineBins(int bins) : K(bins) {}
+};
+
+template <class T, int Bins = 0>
+struct SplineMath : SplineBins<Bins> {
+  using SplineBins<Bins>::K;
   using V = Vec<T>;
   using I = VecInt<T>;
   using S = typename VecTraits<T>::scalar_integer;
 
   const SplineOptions<T>& o;
-  int K;
-  T clip = T(0.5 * kZukoSlope), beta = 1;
+  T clip = T(0.5 * kZukoSlope), beta = 1, inverse_beta = 1;
 
-  explicit SplineMath(const SplineOptions<T>& options) : o(options), K(options.bins) {
-    if (o.normalizer == SplineNormalizer::identity) beta = static_cast<T>(0.6931471805599453) / (T(1) - o.min_derivative);
+  explicit SplineMath(const SplineOptions<T>& options) : SplineBins<Bins>(options.bins), o(options) {
+    if (o.normalizer == SplineNormalizer::identity) {
+      beta = static_cast<T>(0.6931471805599453) / (T(1) - o.min_derivative);
+      inverse_beta = T(1) / beta;
+    }
   }
+
+  // With Bins > 0 the kind is rational_quadratic.
 
   // What a lane has in all kinds.
   struct At {
@@ -93,46 +149,51 @@ struct SplineMath {
     log_slope = a.inside ? log_slope : o.tails ? (x == x ? V{} : nan) : nan;
   }
 
-  // Probabilities p[j] of logits u[j], which may be the same array.
-  void softmax(const V* u, V* p, bool zuko) const {
+  // p[j] in proportion to the probabilities of logits u[j]; returns what makes them sum to 1.
+  V exponentials(const V* u, V* p, bool zuko) const {
     const T scale = o.logit_scale;
     V largest = broadcast(static_cast<T>(-INFINITY));
     for (int j = 0; j < K; ++j) {
       V z = u[j] * scale;
       if (zuko) z = soft_clip<T>(z, clip);
       p[j] = z;
-      largest = z > largest ? z : largest;
+      largest = larger(largest, z);
     }
     V total{};
     for (int j = 0; j < K; ++j) {
-      p[j] = exp_vector<T>(p[j] - largest);
+      p[j] = exp_below<T>(p[j] - largest);
       total += p[j];
     }
-    const V inverse = T(1) / total;
+    return T(1) / total;
+  }
+  void softmax(const V* u, V* p) const {
+    const V inverse = exponentials(u, p, false);
     for (int j = 0; j < K; ++j) p[j] *= inverse;
   }
-  void sizes(const V* u, V* p) const {
-    if (o.normalizer == SplineNormalizer::none) {
-      for (int j = 0; j < K; ++j) p[j] = u[j] * o.logit_scale;
-    } else {
-      softmax(u, p, o.normalizer == SplineNormalizer::zuko);
-    }
+  V sizes(const V* u, V* p) const {
+    if (o.normalizer != SplineNormalizer::none) return exponentials(u, p, o.normalizer == SplineNormalizer::zuko);
+    for (int j = 0; j < K; ++j) p[j] = u[j] * o.logit_scale;
+    return broadcast(T(1));
   }
+  static V one() { return broadcast(T(1)); }
   T least(T least) const { return o.normalizer == SplineNormalizer::zuko ? T(0) : least; }
 
-  // u[j] <- the gradient of logit j, of the gradients by the probabilities: before[j] for the bins before k, and at[j]
-  // for bin k. gradient(j) is a function so that those which depend on j need no array.
+  // u[j] <- the gradient of logit j, of those by the probabilities p[j] * whole.
   template <class Gradient>
-  void softmax_gradient(V* u, const V* p, Gradient gradient) const {
+  void softmax_gradient(V* u, const V* p, V whole, Gradient gradient) const {
     const bool none = o.normalizer == SplineNormalizer::none, zuko = o.normalizer == SplineNormalizer::zuko;
-    V mean{};
-    if (!none) {
-      for (int j = 0; j < K; ++j) mean += p[j] * gradient(j);
+    if (none) {
+      for (int j = 0; j < K; ++j) u[j] = gradient(j) * o.logit_scale;
+      return;
     }
+    V mean{};
+    for (int j = 0; j < K; ++j) mean += p[j] * gradient(j);
+    mean *= whole;
+    const V factor = whole * o.logit_scale;
     for (int j = 0; j < K; ++j) {
-      V g = none ? gradient(j) : p[j] * (gradient(j) - mean);
+      V g = factor * p[j] * (gradient(j) - mean);
       if (zuko) g *= soft_clip_slope<T>(u[j] * o.logit_scale, clip);
-      u[j] = g * o.logit_scale;
+      u[j] = g;
     }
   }
   GENFUSE_HD V before_or_at(I k, int j, V before, V at) const {
@@ -143,6 +204,7 @@ struct SplineMath {
   // ---- rational quadratic ------------------------------------------------------------------------------------------
 
   struct Rational : At {
+    V w_whole, h_whole;  // what makes the sizes sum to 1
     V x_k, w, y_k, h, raw_0, raw_1, d_0, d_1, s, E, theta, between, D, M, ratio, G;
     I first, last;  // whether the slope at this end is the fixed one
   };
@@ -154,7 +216,7 @@ struct SplineMath {
       case SplineNormalizer::zuko:
         return exp_vector<T>(soft_clip<T>(raw, 2 * clip));
       default:
-        return o.min_derivative + softplus<T>(raw, beta);
+        return o.min_derivative + softplus<T>(raw, beta, inverse_beta);
     }
   }
   // d slope / d raw
@@ -169,22 +231,27 @@ struct SplineMath {
     }
   }
 
-  // p: probabilities of widths and heights; derivatives: raw.
-  GENFUSE_HD Rational rational(V x, const V* p, const V* derivatives) const {
+  // Leaves sizes in p.
+  GENFUSE_HD Rational rational(V x, const V* u, V* p) const {
     Rational r{};
+    r.w_whole = sizes(u, p);
+    r.h_whole = sizes(u + K, p + K);
+    const V* derivatives = u + 2 * K;
     static_cast<At&>(r) = enter(x);
     const T min_w = least(o.min_width), min_h = least(o.min_height);
-    const T w_factor = T(1) - min_w * static_cast<T>(K), h_factor = T(1) - min_h * static_cast<T>(K);
+    const V w_factor = (T(1) - min_w * static_cast<T>(K)) * r.w_whole;
+    const V h_factor = (T(1) - min_h * static_cast<T>(K)) * r.h_whole;
     const T across = o.right - o.left, up = o.top - o.bottom;
-    V x_k = broadcast(o.left), y_k = broadcast(o.bottom), x_next = x_k, y_next = y_k, cum_w{}, cum_h{};
+    V x_k = broadcast(o.left), y_k = broadcast(o.bottom), x_next = x_k, y_next = y_k;
+    RunningSum<V, (Bins > 0)> cum_w, cum_h;
     const int shift = o.ends == SplineEnds::one ? 1 : 0;  // knot j has the derivative j - shift
     V raw_0{}, raw_1{};
     if (shift == 0) raw_0 = derivatives[0];
     I reached = r.k == 0;  // whether the knot before is at or before x
     for (int j = 1; j < K; ++j) {
-      cum_w += min_w + w_factor * p[j - 1];
-      cum_h += min_h + h_factor * p[K + j - 1];
-      const V x_j = o.left + across * cum_w, y_j = o.bottom + up * cum_h, raw = derivatives[j - shift];
+      cum_w.add(min_w + w_factor * p[j - 1]);
+      cum_h.add(min_h + h_factor * p[K + j - 1]);
+      const V x_j = o.left + across * cum_w.value(), y_j = o.bottom + up * cum_h.value(), raw = derivatives[j - shift];
       x_next = reached ? x_j : x_next;
       y_next = reached ? y_j : y_next;
       raw_1 = reached ? raw : raw_1;
@@ -227,7 +294,7 @@ struct SplineMath {
     return r;
   }
 
-  // Gradients by the input and, in place of the raw parameters u, by them. p: probabilities, as left by `sizes`.
+  // Gradients by the input and, in place of the raw parameters u, by them. p: as left by `rational`.
   GENFUSE_HD V rational_gradient(const Rational& r, V grad_y, V grad_log, V* u, const V* p) const {
     const V one = broadcast(T(1)), theta = r.theta, rest = one - theta, inverse_D = one / r.D, inverse_M = one / r.M;
     const V twist = one - T(2) * r.between;
@@ -246,8 +313,8 @@ struct SplineMath {
     const V N = r.s * theta * theta + r.d_0 * r.between, quotient = N * inverse_D;
     const V h_D = gy * r.h * inverse_D;  // common to the derivatives of y
     const V by_theta = gy * r.G * r.w + gl * log_theta;
-    const V by_s = h_D * (theta * theta - quotient * twist) +
-                   gl * T(2) * (one / r.s + r.between * inverse_M - twist * inverse_D);
+    const V by_s =
+        h_D * (theta * theta - quotient * twist) + gl * T(2) * (one / r.s + r.between * inverse_M - twist * inverse_D);
     const V common = gl * T(2) * r.between * inverse_D;
     const V by_d_0 = h_D * r.between * (one - quotient) + gl * rest * rest * inverse_M - common;
     const V by_d_1 = gl * theta * theta * inverse_M - h_D * quotient * r.between - common;
@@ -260,8 +327,8 @@ struct SplineMath {
     const T up = (o.top - o.bottom) * (T(1) - least(o.min_height) * static_cast<T>(K));
     const V w_before = across * (last ? by_x_k - by_w : by_x_k), w_at = across * (last ? V{} : by_w);
     const V h_before = up * (last ? gy - by_h : gy), h_at = up * (last ? V{} : by_h);
-    softmax_gradient(u, p, [&](int j) { return before_or_at(r.k, j, w_before, w_at); });
-    softmax_gradient(u + K, p + K, [&](int j) { return before_or_at(r.k, j, h_before, h_at); });
+    softmax_gradient(u, p, r.w_whole, [&](int j) { return before_or_at(r.k, j, w_before, w_at); });
+    softmax_gradient(u + K, p + K, r.h_whole, [&](int j) { return before_or_at(r.k, j, h_before, h_at); });
     const V by_raw_0 = r.first ? V{} : by_d_0 * slope_gradient(r.raw_0, r.d_0);
     const V by_raw_1 = r.last ? V{} : by_d_1 * slope_gradient(r.raw_1, r.d_1);
     const int shift = o.ends == SplineEnds::one ? 1 : 0, count = o.derivatives();
@@ -339,7 +406,7 @@ struct SplineMath {
     gy = r.inside ? gy : V{};
     gl = r.inside ? gl : V{};
     const V at = gy * r.t + gl / r.h;
-    softmax_gradient(u, p, [&](int j) { return before_or_at(r.k, j, gy, at); });
+    softmax_gradient(u, p, one(), [&](int j) { return before_or_at(r.k, j, gy, at); });
     return outer(r, grad_y, grad_in / span_in());
   }
 
@@ -386,7 +453,7 @@ struct SplineMath {
   Area densities(const V* u, const V* w, V* raw, V* v) const {
     Area a{};
     const int count = o.heights(), shift = count == K - 1 ? 1 : 0;
-    for (int j = 0; j < count; ++j) raw[j + shift] = softplus<T>(u[j] * o.logit_scale, T(1)) + T(1e-3);
+    for (int j = 0; j < count; ++j) raw[j + shift] = softplus<T>(u[j] * o.logit_scale, T(1), T(1)) + T(1e-3);
     if (shift == 1) {
       const V first = T(0.5) * w[0], last = T(0.5) * w[K - 1];
       a.mass = T(0.5) * (first * raw[1] + last * raw[K - 1]);
@@ -462,7 +529,7 @@ struct SplineMath {
       heights[j] = o.logit_scale * by_v[j + shift] * sigmoid(heights[j] * o.logit_scale);
     }
     const T spread = T(1) - o.min_width * static_cast<T>(K);
-    softmax_gradient(u, p, [&](int j) { return by_w[j] * spread; });
+    softmax_gradient(u, p, one(), [&](int j) { return by_w[j] * spread; });
     return outer(r, grad_y, grad_in / span_in());
   }
 
@@ -586,8 +653,8 @@ struct SplineMath {
     d[0] = T(3) * sig_0 * (T(1) - sig_0) * (h[0] / w[0]) * end_0;
     d[1] = T(3) * sig_1 * (T(1) - sig_1) * (h[K - 1] / w[K - 1]) * end_1;
     const T w_spread = T(1) - o.min_width * static_cast<T>(K), h_spread = T(1) - o.min_height * static_cast<T>(K);
-    softmax_gradient(u, p, [&](int j) { return by_w[j] * w_spread; });
-    softmax_gradient(u + K, p + K, [&](int j) { return by_h[j] * h_spread; });
+    softmax_gradient(u, p, one(), [&](int j) { return by_w[j] * w_spread; });
+    softmax_gradient(u + K, p + K, one(), [&](int j) { return by_h[j] * h_spread; });
     return outer(r, grad_y, grad_in / span_in());
   }
 
@@ -599,10 +666,8 @@ struct SplineMath {
   // u: [parameters] raw.
   void apply(V x, const V* u, V* scratch, V& y, V& log_slope) const {
     V* p = scratch;
-    if (o.kind == SplineKind::rational_quadratic) {
-      sizes(u, p);
-      sizes(u + K, p + K);
-      const Rational r = rational(x, p, u + 2 * K);
+    if (Bins > 0 || o.kind == SplineKind::rational_quadratic) {
+      const Rational r = rational(x, u, p);
       if (o.inverse) {
         y = r.x_k + r.theta * r.w;
         log_slope = -spline_log<T>(r.G);
@@ -622,10 +687,8 @@ struct SplineMath {
   // u <- the gradients of the parameters; returns that of x.
   V differentiate(V x, V grad_y, V grad_log, V* u, V* scratch) const {
     V* p = scratch;
-    if (o.kind == SplineKind::rational_quadratic) {
-      sizes(u, p);
-      sizes(u + K, p + K);
-      const Rational r = rational(x, p, u + 2 * K);
+    if (Bins > 0 || o.kind == SplineKind::rational_quadratic) {
+      const Rational r = rational(x, u, p);
       return rational_gradient(r, grad_y, grad_log, u, p);
     }
     Area area{};
@@ -644,7 +707,7 @@ struct SplineMath {
  private:
   Piece piece(V x, const V* u, V* scratch, Area* area) const {
     V *p = scratch, *w = p + 2 * K, *h = w + K;
-    softmax(u, p, false);
+    softmax(u, p);
     if (o.kind == SplineKind::linear) return linear(x, p);
     widths(p, w);
     if (o.kind == SplineKind::quadratic) {
@@ -652,7 +715,7 @@ struct SplineMath {
       if (area != nullptr) *area = a;
       return quadratic(x, w, h + K + 1);
     }
-    softmax(u + K, p + K, false);
+    softmax(u + K, p + K);
     for (int j = 0; j < K; ++j) h[j] = o.min_height + (T(1) - o.min_height * static_cast<T>(K)) * p[K + j];
     return cubic(x, w, h, u + 2 * K);
   }

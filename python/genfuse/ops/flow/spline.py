@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genfuse.reference.flow import spline as reference
-
 from genfuse.ops.operator import Operator, can_look_at, on_cpu, under_autocast
 from genfuse.ops.sampling import check_tensor
+from genfuse.reference.flow import spline as reference
 
 __all__ = [
     "InputOutsideDomain",

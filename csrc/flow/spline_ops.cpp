@@ -123,7 +123,7 @@ std::tuple<Tensor, Tensor> spline(const Tensor& x, const Tensor& params, const O
                                   bool tails, bool inverse, double left, double right, double bottom, double top,
                                   double min_width, double min_height, double min_derivative, double logit_scale,
                                   int64_t bins, int64_t batch_dims) {
-  const Options o{kind, normalizer, ends,      tails,      inverse,        left,        right, bottom,
+  const Options o{kind, normalizer, ends,       tails,          inverse,     left, right,     bottom,
                   top,  min_width,  min_height, min_derivative, logit_scale, bins, batch_dims};
   return with_compute_type("x", x, [&]<class T>(T) -> std::tuple<Tensor, Tensor> {
     Inputs<T> in(x, params, heights, derivatives, o);
@@ -144,9 +144,9 @@ std::tuple<Tensor, Tensor> spline(const Tensor& x, const Tensor& params, const O
 std::tuple<Tensor, Tensor, Tensor, Tensor> spline_backward(
     const OptionalTensor& grad_y, const OptionalTensor& grad_log_slope, const Tensor& x, const Tensor& params,
     const OptionalTensor& heights, const OptionalTensor& derivatives, int64_t kind, int64_t normalizer, int64_t ends,
-    bool tails, bool inverse, double left, double right, double bottom, double top, double min_width,
-    double min_height, double min_derivative, double logit_scale, int64_t bins, int64_t batch_dims, int64_t needs) {
-  const Options o{kind, normalizer, ends,      tails,      inverse,        left,        right, bottom,
+    bool tails, bool inverse, double left, double right, double bottom, double top, double min_width, double min_height,
+    double min_derivative, double logit_scale, int64_t bins, int64_t batch_dims, int64_t needs) {
+  const Options o{kind, normalizer, ends,       tails,          inverse,     left, right,     bottom,
                   top,  min_width,  min_height, min_derivative, logit_scale, bins, batch_dims};
   return with_compute_type("x", x, [&]<class T>(T) -> std::tuple<Tensor, Tensor, Tensor, Tensor> {
     Inputs<T> in(x, params, heights, derivatives, o);
@@ -158,8 +158,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> spline_backward(
       from_y = dense("grad_y", *grad_y, kScalar<T>);
     }
     if (grad_log_slope.has_value()) {
-      STD_TORCH_CHECK(grad_log_slope->numel() == in.rows.count, "grad_log_slope must have an element for each row, got ",
-                      shape_of(*grad_log_slope));
+      STD_TORCH_CHECK(grad_log_slope->numel() == in.rows.count,
+                      "grad_log_slope must have an element for each row, got ", shape_of(*grad_log_slope));
       from_log = dense("grad_log_slope", *grad_log_slope, kScalar<T>);
     }
     b.grad_y = read<T>(from_y);

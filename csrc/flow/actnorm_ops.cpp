@@ -78,8 +78,10 @@ std::tuple<Tensor, Tensor, Tensor> actnorm_backward(const OptionalTensor& grad_y
     const Tensor to_x = wanted(0, x, b.grad_x), to_log_scale = wanted(1, log_scale, b.grad_log_scale);
     const Tensor to_bias = wanted(2, bias, b.grad_bias);
     if (computed) run_kernel(GENFUSE_DISPATCH(actnorm_backward_kernel<T>)(), b);
-    return {to_type(to_x, x.scalar_type()), to_type(to_log_scale, log_scale.scalar_type()),
-            to_type(to_bias, bias.scalar_type())};
+    const auto converted = [&](int bit, const Tensor& like, const Tensor& t) {  // what is empty: of x's dtype
+      return to_type(t, ((needs >> bit & 1) != 0 ? like : x).scalar_type());
+    };
+    return {converted(0, x, to_x), converted(1, log_scale, to_log_scale), converted(2, bias, to_bias)};
   });
 }
 

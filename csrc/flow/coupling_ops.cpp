@@ -234,6 +234,11 @@ struct Gradients {
       run_kernel(GENFUSE_DISPATCH(coupling_backward_kernel<T>)(), b);
     }
   }
+
+  // What is not asked for is empty, and of x's dtype.
+  static Tensor in_dtype_of(const Tensor& of, int bit, int64_t needs, const Tensor& x_, const Tensor& gradient) {
+    return to_type(gradient, ((needs >> bit & 1) != 0 ? of : x_).scalar_type());
+  }
 };
 
 std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(
@@ -245,8 +250,8 @@ std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(
     Inputs<T> in(x, params, shift, channels, scale_of(scale), layout, split, inverse);
     in.options(add_first, offset, eps, low, clamp);
     const Gradients<T> g(in, x, params, shift, grad_y, grad_log_abs_det, reduce, needs);
-    return {to_type(g.x, x.scalar_type()), to_type(g.params, params.scalar_type()),
-            to_type(g.shift, shift.has_value() ? shift->scalar_type() : x.scalar_type())};
+    return {to_type(g.x, x.scalar_type()), g.in_dtype_of(params, 1, needs, x, g.params),
+            g.in_dtype_of(shift.value_or(x), 2, needs, x, g.shift)};
   });
 }
 
@@ -257,7 +262,7 @@ std::tuple<Tensor, Tensor> additive_coupling_backward(const OptionalTensor& grad
   return with_widest_type(x, shift, std::nullopt, [&]<class T>(T) -> std::tuple<Tensor, Tensor> {
     Inputs<T> in(x, shift, std::nullopt, channels, ScaleKind::none, 0, split, inverse);
     const Gradients<T> g(in, x, shift, std::nullopt, grad_y, std::nullopt, true, needs);
-    return {to_type(g.x, x.scalar_type()), to_type(g.params, shift.scalar_type())};
+    return {to_type(g.x, x.scalar_type()), g.in_dtype_of(shift, 1, needs, x, g.params)};
   });
 }
 

@@ -102,10 +102,10 @@ std::tuple<Tensor, Tensor> dequantize_logit_backward(const OptionalTensor& grad_
     if (in.d.count > 0) run_kernel(GENFUSE_DISPATCH(dequantize_backward_kernel<T>)(), b);
     // x and u are summed, so one gradient is both; each is a tensor of its own.
     const bool by_x = (needs & 1) != 0 && x.scalar_type() != ScalarType::Byte, by_u = (needs & 2) != 0 && u.has_value();
-    const ScalarType of_x = dtype_of(x, u), of_u = u.has_value() ? u->scalar_type() : of_x;
-    const Tensor to_x = to_type(grad, of_x), to_u = to_type(grad, of_u);
-    return {by_x ? to_x : nothing(of_x),
-            by_u ? (by_x && of_x == of_u ? torch::stable::clone(to_u) : to_u) : nothing(of_u)};
+    const ScalarType of_x = x.scalar_type(), of_u = by_u ? u->scalar_type() : of_x;
+    const Tensor none = nothing(of_x), to_x = by_x ? to_type(grad, of_x) : none,
+                 to_u = by_u ? to_type(grad, of_u) : none;
+    return {to_x, by_x && by_u && of_x == of_u ? torch::stable::clone(to_u) : to_u};
   });
 }
 

@@ -304,16 +304,26 @@ class Operator:
 
         return kernel
 
-    def enter(self, function: Callable[..., Any], subject: str, *, triton: bool = True) -> None:
-        """Enter a public function that this operator serves into the registry of backends."""
-        name, half = function.__name__, (torch.float32, torch.bfloat16, torch.float16)
+    def enter(
+        self,
+        function: Callable[..., Any],
+        subject: str,
+        *,
+        triton: bool = True,
+        integers: tuple[torch.dtype, ...] = (),
+    ) -> None:
+        """Enter a public function that this operator serves into the registry of backends; `integers` are the dtypes
+        of its subject besides floating ones.
+        """
+        name, half = function.__name__, (torch.float32, torch.bfloat16, torch.float16, *integers)
+        every = (*backends.FLOATS, *integers)
         backends.register_op(name, function, subject)
-        backends.register(backends.Kernel(name, "native", ("cpu",), objection=native_objection))
+        backends.register(backends.Kernel(name, "native", ("cpu",), every, objection=native_objection))
         if triton:
             backends.register(
                 backends.Kernel(name, "triton", ("cuda",), half, proven=False, objection=self.triton_objection)
             )
-        backends.register(backends.Kernel(name, "reference", ()))
+        backends.register(backends.Kernel(name, "reference", (), every))
 
     def triton_objection(self, arguments: backends.Arguments) -> str | None:
         """Why the Triton kernel cannot serve a call."""

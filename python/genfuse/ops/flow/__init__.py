@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from .autoregressive import MaskedLayer, autoregressive_inverse, masked_linear
+from .coupling import additive_coupling, affine_coupling
+from .pointwise import actnorm, dequantize_logit, logit_quantize
 from .spline import (
     InputOutsideDomain,
     cubic_spline,
@@ -16,9 +18,14 @@ from .spline import (
 __all__ = [
     "InputOutsideDomain",
     "MaskedLayer",
+    "actnorm",
+    "additive_coupling",
+    "affine_coupling",
     "autoregressive_inverse",
     "cubic_spline",
+    "dequantize_logit",
     "linear_spline",
+    "logit_quantize",
     "masked_linear",
     "piecewise_rational_quadratic_transform",
     "quadratic_spline",

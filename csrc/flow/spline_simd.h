@@ -159,12 +159,13 @@ struct SplineMath : SplineBins<Bins> {
       p[j] = z;
       largest = larger(largest, z);
     }
-    V total{};
+    // Four sums: one would round as often as there are bins, which moves all knots.
+    V total[4] = {};
     for (int j = 0; j < K; ++j) {
       p[j] = exp_below<T>(p[j] - largest);
-      total += p[j];
+      total[j % 4] += p[j];
     }
-    return T(1) / total;
+    return T(1) / ((total[0] + total[1]) + (total[2] + total[3]));
   }
   void softmax(const V* u, V* p) const {
     const V inverse = exponentials(u, p, false);

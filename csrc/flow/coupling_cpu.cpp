@@ -293,30 +293,18 @@ inline void copy_piece(const Coupling<T>& p, int64_t k, const T* from, T* to) {
   copy_or_clear(from != nullptr ? from + start + at : nullptr, minimum(Cut::kPiece, length - at), to + start + at);
 }
 
-// All of them.
+// Some rows of a tensor.
 template <class T>
-inline void copy_kept(const Coupling<T>& p, const T* from, T* to) {
-  if (p.kept == nullptr) {
-    const int64_t end = (p.x.channel.first + p.moved) * p.space;
-    copy_or_clear(from, p.x.channel.first * p.space, to);
-    copy_or_clear(from != nullptr ? from + end : nullptr, Cut::after(p) * p.space, to + end);
-    return;
-  }
-  for (int64_t k = 0; k < p.channels - p.moved; ++k) {
-    const int64_t at = p.kept[k] * p.space;
-    for (int64_t s = 0; s < p.space; ++s) to[at + s] = from != nullptr ? from[at + s] : T(0);
-  }
-}
+struct Rows {
+  T* data;
+  int64_t stride, count;
+};
 
-// Calls visit(i, offset) for elements [begin, begin + n) of the transformed ones of a row: the i-th is at offset.
+// Calls visit(i, offset) for elements [begin, begin + n) of some channels: the i-th is at offset in its row.
 template <class F>
 inline void walk(const ChannelMap& channel, int64_t space, int64_t begin, int64_t n, F&& visit) {
   if (space == 1) {
-    if (channel.list != nullptr) {
-      for (int64_t i = 0; i < n; ++i) visit(i, channel.list[begin + i]);
-    } else {
-      for (int64_t i = 0; i < n; ++i) visit(i, channel.first + (begin + i) * channel.step);
-    }
+    for (int64_t i = 0; i < n; ++i) visit(i, channel[begin + i]);
     return;
   }
   int64_t j = begin / space, s = begin - j * space;
@@ -326,22 +314,50 @@ inline void walk(const ChannelMap& channel, int64_t space, int64_t begin, int64_
     i += count;
   }
 }
-template <class T>
-inline void gather(const T* row, const ChannelMap& channel, int64_t space, int64_t begin, int64_t n, T* to) {
-  if (channel.together()) {
-    const T* from = row + channel.first * space + begin;
-    for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+// The same of several rows: visit(row, i, offset). Short rows are the inner loop: a loop of two elements costs more to
+// begin than to run.
+template <class F>
+inline void walk_rows(const ChannelMap& channel, int64_t space, int64_t begin, int64_t n, int64_t rows, F&& visit) {
+  if (channel.together() && n >= 8) {
+    const int64_t at = channel.first * space + begin;
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t i = 0; i < n; ++i) visit(r, i, at + i);
+    }
   } else {
-    walk(channel, space, begin, n, [&](int64_t i, int64_t at) { to[i] = row[at]; });
+    walk(channel, space, begin, n, [&](int64_t i, int64_t at) {
+      for (int64_t r = 0; r < rows; ++r) visit(r, i, at);
+    });
   }
 }
+// To and from a block [rows][n].
 template <class T>
-inline void scatter(const T* from, const ChannelMap& channel, int64_t space, int64_t begin, int64_t n, T* row) {
-  if (channel.together()) {
-    T* to = row + channel.first * space + begin;
-    for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+inline void gather(Rows<const T> from, const ChannelMap& channel, int64_t space, int64_t begin, int64_t n, T* to) {
+  walk_rows(channel, space, begin, n, from.count,
+            [&](int64_t r, int64_t i, int64_t at) { to[r * n + i] = from.data[r * from.stride + at]; });
+}
+template <class T>
+inline void scatter(const T* from, const ChannelMap& channel, int64_t space, int64_t begin, int64_t n, Rows<T> to) {
+  walk_rows(channel, space, begin, n, to.count,
+            [&](int64_t r, int64_t i, int64_t at) { to.data[r * to.stride + at] = from[r * n + i]; });
+}
+
+// All that is not transformed; `from` without data for zeros.
+template <class T>
+inline void copy_kept(const Coupling<T>& p, Rows<const T> from, Rows<T> to) {
+  const auto copy = [&](const ChannelMap& channel, int64_t count) {
+    if (from.data == nullptr) {
+      walk_rows(channel, p.space, 0, count * p.space, to.count,
+                [&](int64_t r, int64_t, int64_t at) { to.data[r * to.stride + at] = T(0); });
+    } else {
+      walk_rows(channel, p.space, 0, count * p.space, to.count,
+                [&](int64_t r, int64_t, int64_t at) { to.data[r * to.stride + at] = from.data[r * from.stride + at]; });
+    }
+  };
+  if (p.kept != nullptr) {
+    copy({0, 1, p.kept}, p.channels - p.moved);
   } else {
-    walk(channel, space, begin, n, [&](int64_t i, int64_t at) { row[at] = from[i]; });
+    copy({0, 1}, p.x.channel.first);
+    copy({p.x.channel.first + p.moved, 1}, Cut::after(p));
   }
 }
 
@@ -429,24 +445,25 @@ void forward_of(const Coupling<T>& p, char* workspace, const Executor& executor)
       uint8_t mask[kBlock];
       const int64_t first = k / cut.blocks * cut.group, rows = minimum(cut.group, p.batch - first);
       const int64_t part = k % cut.blocks, at = part * kBlock, n = minimum(kBlock, cut.row - at);
-      for (int64_t r = 0; r < rows; ++r) {
-        const T* row = p.x.data + (first + r) * p.x.stride;
-        gather(row, p.x.channel, p.space, at, n, x + r * n);
-        gather(p.shift.data + (first + r) * p.shift.stride, p.shift.channel, p.space, at, n, shift + r * n);
-        if constexpr (kind != ScaleKind::none) {
-          gather(p.raw.data + (first + r) * p.raw.stride, p.raw.channel, p.space, at, n, raw + r * n);
-        }
-        if (part == 0) {
-          copy_kept(p, row, p.y + (first + r) * whole);
-          if (p.each != nullptr) copy_kept<T>(p, nullptr, p.each + (first + r) * whole);
-        }
+      const auto read = [&](const CouplingInput<T>& from, T* to) {
+        gather<T>({from.data + first * from.stride, from.stride, rows}, from.channel, p.space, at, n, to);
+      };
+      const Rows<T> y{p.y + first * whole, whole, rows};
+      const Rows<T> to_each{p.each != nullptr ? p.each + first * whole : nullptr, whole, rows};
+      read(p.x, x);
+      read(p.shift, shift);
+      if constexpr (kind != ScaleKind::none) read(p.raw, raw);
+      if (part == 0) {
+        copy_kept<T>(p, {p.x.data + first * p.x.stride, p.x.stride, rows}, y);
+        if (p.each != nullptr) copy_kept<T>(p, {nullptr, 0, rows}, to_each);
       }
       const uint8_t* moved = p.mask != nullptr ? repeat_mask(p.mask + at, n, rows, mask) : nullptr;
       const double sum = forward_block<kind>(p, Block<T>{x, raw, shift, moved, x, each}, rows * n);
+      scatter<T>(x, p.x.channel, p.space, at, n, y);
+      if constexpr (kind == ScaleKind::none) return;
+      if (p.each != nullptr) scatter<T>(each, p.x.channel, p.space, at, n, to_each);
+      if (p.log_abs_det == nullptr) return;
       for (int64_t r = 0; r < rows; ++r) {
-        scatter(x + r * n, p.x.channel, p.space, at, n, p.y + (first + r) * whole);
-        if constexpr (kind == ScaleKind::none) continue;
-        if (p.each != nullptr) scatter(each + r * n, p.x.channel, p.space, at, n, p.each + (first + r) * whole);
         double own = sum;
         if (rows > 1) {
           own = 0;
@@ -499,20 +516,24 @@ void backward_of(const CouplingBackward<T>& g, char*, const Executor& executor) 
       const int64_t first = k / cut.blocks * cut.group, rows = minimum(cut.group, p.batch - first);
       const int64_t part = k % cut.blocks, at = part * kBlock, n = minimum(kBlock, cut.row - at);
       const bool logs = g.grad_log_abs_det != nullptr || g.grad_each != nullptr;
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t b = first + r;
-        const auto read = [&](const CouplingInput<T>& from, T* to) {
-          gather(from.data + b * from.stride, from.channel, p.space, at, n, to + r * n);
-        };
-        read(p.x, x);
-        if (needs_shift) read(p.shift, shift);
-        if constexpr (kind != ScaleKind::none) read(p.raw, raw);
-        if (g.grad_y != nullptr) gather(g.grad_y + b * whole, p.x.channel, p.space, at, n, grad + r * n);
-        if (g.grad_each != nullptr) gather(g.grad_each + b * whole, p.x.channel, p.space, at, n, each + r * n);
-        if (g.grad_log_abs_det != nullptr) {
-          for (int64_t i = 0; i < n; ++i) each[r * n + i] = g.grad_log_abs_det[b];
+      const auto read = [&](const CouplingInput<T>& from, T* to) {
+        gather<T>({from.data + first * from.stride, from.stride, rows}, from.channel, p.space, at, n, to);
+      };
+      const auto read_dense = [&](const T* from, T* to) {
+        if (from != nullptr) gather<T>({from + first * whole, whole, rows}, p.x.channel, p.space, at, n, to);
+      };
+      read(p.x, x);
+      if (needs_shift) read(p.shift, shift);
+      if constexpr (kind != ScaleKind::none) read(p.raw, raw);
+      read_dense(g.grad_y, grad);
+      read_dense(g.grad_each, each);
+      if (g.grad_log_abs_det != nullptr) {
+        for (int64_t r = 0; r < rows; ++r) {
+          for (int64_t i = 0; i < n; ++i) each[r * n + i] = g.grad_log_abs_det[first + r];
         }
-        if (part == 0 && g.grad_x != nullptr) copy_kept(p, shifted(g.grad_y, b * whole), g.grad_x + b * whole);
+      }
+      if (part == 0 && g.grad_x != nullptr) {
+        copy_kept<T>(p, {shifted(g.grad_y, first * whole), whole, rows}, {g.grad_x + first * whole, whole, rows});
       }
       const BackwardBlock<T> block{x,
                                    raw,
@@ -525,15 +546,12 @@ void backward_of(const CouplingBackward<T>& g, char*, const Executor& executor) 
                                    g.grad_raw != nullptr ? to_raw : nullptr,
                                    g.grad_shift != nullptr ? to_shift : nullptr};
       backward_block<kind>(p, block, rows * n);
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t b = first + r;
-        const auto write = [&](const T* from, const ChannelMap& channel, T* to) {
-          if (to != nullptr) scatter(from + r * n, channel, p.space, at, n, to);
-        };
-        write(to_x, p.x.channel, shifted(g.grad_x, b * whole));
-        write(to_raw, p.raw.channel, shifted(g.grad_raw, b * g.raw_stride));
-        write(to_shift, p.shift.channel, shifted(g.grad_shift, b * g.shift_stride));
-      }
+      const auto write = [&](const T* from, const ChannelMap& channel, T* to, int64_t stride) {
+        if (to != nullptr) scatter<T>(from, channel, p.space, at, n, {to + first * stride, stride, rows});
+      };
+      write(to_x, p.x.channel, g.grad_x, whole);
+      write(to_raw, p.raw.channel, g.grad_raw, g.raw_stride);
+      write(to_shift, p.shift.channel, g.grad_shift, g.shift_stride);
     });
   }
 }

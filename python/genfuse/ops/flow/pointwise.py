@@ -137,6 +137,12 @@ def _check_levels(op: str, levels: object, alpha: object) -> tuple[int, float]:
     return levels, number
 
 
+def _is_bytes(op: str, x: object) -> bool:
+    if isinstance(x, Tensor) and x.dtype != torch.uint8 and not x.is_floating_point():
+        raise ValueError(f"{op}: x must be uint8 or of a floating dtype, got {x.dtype}")
+    return isinstance(x, Tensor) and x.dtype == torch.uint8
+
+
 def dequantize_logit(
     x: Tensor,
     *,
@@ -182,15 +188,13 @@ def dequantize_logit(
     op = "dequantize_logit"
     levels, alpha = _check_levels(op, levels, alpha)
     x, u = under_autocast(x, x, u)
-    if isinstance(x, Tensor) and x.dtype == torch.uint8:
+    if _is_bytes(op, x):
         if u is not None:
             check_tensor(op, "u", u)
             if u.device != x.device:
                 raise RuntimeError(f"{op}: u must be on {x.device}, as x is; got {u.device}")
             check_noise(op, "u", u, ("x", x.new_empty(x.shape, dtype=u.dtype)))
     else:
-        if isinstance(x, Tensor) and not x.is_floating_point():
-            raise ValueError(f"{op}: x must be uint8 or of a floating dtype, got {x.dtype}")
         check_tensor(op, "x", x)
         u = check_noise(op, "u", u, ("x", x))
     if x.dim() == 0:

@@ -16,7 +16,7 @@ from genfuse.nn.sampling import _check_size
 
 from .base import Transform
 from .conditioners import activate, check_activation, check_hidden, zero_
-from .coupling import SplineOptions, spline_parameters
+from .coupling import SplineOptions, check_scale, spline_parameters
 
 __all__ = ["MADE", "MaskedAffineAutoregressive", "MaskedLinear", "MaskedSplineAutoregressive"]
 
@@ -160,21 +160,22 @@ class _Autoregressive(Transform):
         if x.dim() != 2 or x.size(1) != self.net.features:
             raise ValueError(f"{name}: {argument} must be [B, {self.net.features}], got {list(x.shape)}")
 
-    def _layers(self, added: Tensor | None) -> list[Any]:
-        """The network as `ops.autoregressive_inverse` takes it."""
-        last = len(self.net.layers) - 1
-        layers: list[Any] = []
-        for index, layer in enumerate(self.net.layers):
-            layers.append(
-                ops.MaskedLayer(
-                    layer.weight,
-                    layer.bias,
-                    None if index == last else layer.out_degrees,
-                    activation=self.net.activation if index else "none",
-                    add=added if index == 0 else None,
-                )
+    def _solve(self, z: Tensor, context: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+        """`ops.autoregressive_inverse` of the network."""
+        net, dtype = self.net, z.dtype
+        added = net.contexts(context)
+        last = len(net.layers) - 1
+        layers = [
+            ops.MaskedLayer(
+                layer.weight.to(dtype),
+                None if layer.bias is None else layer.bias.to(dtype),
+                None if index == last else layer.out_degrees,
+                activation=net.activation if index else "none",
+                add=added.to(dtype) if index == 0 and added is not None else None,
             )
-        return layers
+            for index, layer in enumerate(net.layers)
+        ]
+        return ops.autoregressive_inverse(z, layers, **options)
 
 
 class MaskedAffineAutoregressive(_Autoregressive):
@@ -186,8 +187,8 @@ class MaskedAffineAutoregressive(_Autoregressive):
     Args:
         features: D of x ``[B, D]``.
         hidden, context_features, activation: of the `MADE`.
-        scale: ``"exp"``, ``"sigmoid"``, ``"softplus"``, ``"softclip"`` or ``"clip"``, as for `ops.affine_coupling`; by
-            default ``sigmoid(r + 2)``.
+        scale: how the scale is made of what the network returns, as for `ops.affine_coupling`; by default
+            ``sigmoid(r + 2)``.
         zero_init: start the last layer at zero.
 
     Raises:
@@ -214,11 +215,7 @@ class MaskedAffineAutoregressive(_Autoregressive):
         zero_init: bool = False,
     ) -> None:
         super().__init__()
-        if scale not in ("exp", "sigmoid", "softplus", "softclip", "clip"):
-            raise ValueError(
-                "MaskedAffineAutoregressive: scale must be 'exp', 'sigmoid', 'softplus', 'softclip' or 'clip', got "
-                f"{scale!r}"
-            )
+        check_scale("MaskedAffineAutoregressive", scale)
         self.net = MADE(
             features, 2, hidden, context_features=context_features, activation=activation, zero_init=zero_init
         )
@@ -234,7 +231,7 @@ class MaskedAffineAutoregressive(_Autoregressive):
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._check(z, "z")
-        raise NotImplementedError
+        return self._solve(z, context, transform="affine", scale=self.scale)
 
 
 class MaskedSplineAutoregressive(_Autoregressive):
@@ -298,4 +295,5 @@ class MaskedSplineAutoregressive(_Autoregressive):
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._check(z, "z")
-        raise NotImplementedError
+        spline = self.spline
+        return self._solve(z, context, transform="rational_quadratic", num_bins=spline.bins, **spline.of_solver())

@@ -14,7 +14,7 @@ from genfuse.nn.sampling import _check_number, _check_size
 
 from .base import Transform, zero_log_det
 from .conditioners import MLP
-from .linear import ActNorm, InvertibleConv2d, at_least_float32, check_channels, multiply, positions
+from .linear import ActNorm, InvertibleConv2d, at_least_float32, check_channels, multiply, positions, times
 
 __all__ = ["AdditiveCoupling", "AffineCoupling", "GlowStep", "SplineCoupling", "checkerboard_mask"]
 
@@ -41,6 +41,24 @@ def checkerboard_mask(height: int, width: int, *, invert: bool = False) -> Tenso
     rows, columns = torch.arange(height).unsqueeze(1), torch.arange(width)
     mask: Tensor = (rows + columns) % 2 == (0 if invert else 1)
     return mask.unsqueeze(0)
+
+
+SCALES = (
+    "exp",
+    "sigmoid",
+    "inverse_sigmoid",
+    "softplus",
+    "tanh",
+    "atan",
+    "sigmoid_clamp",
+    "softclip",
+    "clip",
+)
+
+
+def check_scale(module: str, scale: str) -> None:
+    if scale not in SCALES:
+        raise ValueError(f"{module}: scale must be one of {', '.join(SCALES)}; got {scale!r}")
 
 
 class _Coupling(Transform):
@@ -196,6 +214,7 @@ class AffineCoupling(_Coupling):
         activation: str = "relu",
         zero_init: bool = True,
     ) -> None:
+        check_scale("AffineCoupling", scale)
         super().__init__(features, net, hidden, split, context_features, activation, 2, zero_init)
         self.scale, self.layout, self.order = scale, layout, order
         self.offset, self.eps, self.clamp = offset, eps, clamp
@@ -316,6 +335,10 @@ class SplineOptions:
             x, params.to(x.dtype), inverse=inverse, reduce_dims=dims, **self.options
         )
         return found
+
+    def of_solver(self) -> dict[str, Any]:
+        """The options as `ops.autoregressive_inverse` takes them."""
+        return {name: value for name, value in self.options.items() if name != "tails"}
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "call"}
@@ -488,7 +511,7 @@ class GlowStep(Transform):
         """Weight and bias of the convolution."""
         log_scale, bias = at_least_float32(self.actnorm.log_scale), at_least_float32(self.actnorm.bias)
         weight = self.conv._matrix()
-        return weight * log_scale.exp(), weight @ bias
+        return weight * log_scale.exp(), times(weight, bias)
 
     def _log_det(self, x: Tensor) -> Tensor:
         return positions(x) * (self.conv._log_det() + at_least_float32(self.actnorm.log_scale).sum())

@@ -48,12 +48,20 @@ class Squeeze(Transform):
         if x.dim() != 4 or x.size(2) % self.factor or x.size(3) % self.factor:
             want = f"[B, C, H, W] with H and W multiples of {self.factor}"
             raise ValueError(f"Squeeze: x must be {want}, got {list(x.shape)}")
+        if x.size(0) == 0:  # whose shape torch 2.13's pixel_unshuffle gets wrong
+            return x.view(0, x.size(1) * self.factor**2, *(size // self.factor for size in x.shape[2:])), zero_log_det(
+                x
+            )
         return F.pixel_unshuffle(x, self.factor), zero_log_det(x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if z.dim() != 4 or z.size(1) % self.factor**2:
             want = f"[B, C, H, W] with C a multiple of {self.factor**2}"
             raise ValueError(f"Squeeze: z must be {want}, got {list(z.shape)}")
+        if z.size(0) == 0:  # whose shape torch 2.13's pixel_shuffle gets wrong
+            return z.view(0, z.size(1) // self.factor**2, *(self.factor * size for size in z.shape[2:])), zero_log_det(
+                z
+            )
         return F.pixel_shuffle(z, self.factor), zero_log_det(z)
 
 

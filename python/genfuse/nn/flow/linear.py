@@ -231,6 +231,12 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return y.to(x.dtype)
 
 
+def times(matrix: Tensor, vector: Tensor) -> Tensor:
+    """A product that autocast does not touch."""
+    with torch.autocast(matrix.device.type, enabled=False):
+        return matrix @ vector.to(matrix.dtype)
+
+
 def positions(x: Tensor) -> int:
     return math.prod(x.shape[2:])
 
@@ -321,7 +327,7 @@ class LULinear(_Matrix):
         log_abs_det = (-positions(z) * self._log_det()).expand(z.size(0))
         inverse, bias = self._matrix_inverse(), None
         if self.bias is not None:  # W^-1 (z - b): one product and no copy of z
-            bias = -(inverse @ self.bias.to(inverse.dtype))
+            bias = -times(inverse, self.bias)
         return multiply(z, inverse, bias), log_abs_det
 
 

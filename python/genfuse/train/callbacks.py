@@ -180,12 +180,14 @@ class Recorder(Checkpoint):
                 metadata = {"step": str(step), f"{measure.part_key}_{measure.key}": f"{nats * measure.scale:.6f}"}
                 save_weights(self.folder, model, self.config, metadata)
         recent = [value for then, value in self.train[-5:] if self.plan.stage(then - 1) == stage]
+        if not recent:  # none of this stage has been logged yet
+            recent = [float(self._sum) / max(1, self._count)]
+        speed = f"  {self.speed:,.0f} {measure.items}/s" if self.speed > 0.0 else ""
         self.say(
             f"step {step:>{len(str(self.plan.total_steps))}}/{self.plan.total_steps}"
             f"{'  ' if measure.stage else ''}{measure.stage}"
-            f"  train {sum(recent) / max(len(recent), 1) * measure.scale:.3f}"
-            f"  {measure.part} {nats * measure.scale:.3f} {measure.unit}{' (best)' if best else ''}"
-            f"  {self.speed:,.0f} {measure.items}/s"
+            f"  train {sum(recent) / len(recent) * measure.scale:.3f}"
+            f"  {measure.part} {nats * measure.scale:.3f} {measure.unit}{' (best)' if best else ''}{speed}"
         )
         now = time.monotonic()
         if trainer.is_global_zero and now - self._plotted > SECONDS_BETWEEN_PLOTS:

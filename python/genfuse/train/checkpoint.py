@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -23,15 +23,18 @@ if TYPE_CHECKING:
 
     from genfuse.models import LSTMLanguageModel
 
+    from .tables import Standardization
     from .text import Vocabulary
 
 __all__ = [
     "CONFIG",
     "LAST",
     "WEIGHTS",
+    "SavedFlow",
     "SavedImageModel",
     "SavedModel",
     "load_any",
+    "load_flow",
     "load_image_model",
     "load_model",
     "replacing",
@@ -44,12 +47,21 @@ CONFIG, WEIGHTS, LAST = "config.json", "model.safetensors", "last.ckpt"
 
 @dataclass(frozen=True)
 class Format:
-    """One kind of saved model: its name in the files, what a sentence calls it, which part of a config is the model."""
+    """One kind of saved model.
+
+    Attributes:
+        name: in the files.
+        noun: what a sentence calls it.
+        keys: which part of a config is the model.
+        models: classes of `genfuse.models`.
+        twins: the module with the same classes in plain PyTorch.
+    """
 
     name: str
     noun: str
     keys: tuple[str, ...]
     models: tuple[str, ...]
+    twins: str
 
 
 LANGUAGE = Format(
@@ -57,14 +69,23 @@ LANGUAGE = Format(
     "language model",
     ("format", "model", "arguments", "vocabulary"),
     ("LSTMLanguageModel",),
+    "genfuse.reference.language_model",
 )
 IMAGES = Format(
     "genfuse image model 1",
     "image model",
     ("format", "model", "arguments"),
     ("VAE", "HierarchicalVAE", "VQVAE"),
+    "genfuse.reference.vae",
 )
-FORMATS = {known.name: known for known in (LANGUAGE, IMAGES)}
+FLOWS = Format(
+    "genfuse flow 1",
+    "flow",
+    ("format", "model", "arguments", "standardization"),
+    ("RealNVP", "Glow", "NeuralSplineFlow", "MAF", "IAF"),
+    "genfuse.reference.flow.models",
+)
+FORMATS = {known.name: known for known in (LANGUAGE, IMAGES, FLOWS)}
 _TEMPORARY = ".unfinished"
 
 
@@ -120,7 +141,9 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def make_config(model: str, arguments: dict[str, Any], run: dict[str, Any], vocabulary: Any = None) -> dict[str, Any]:
+def make_config(
+    model: str, arguments: dict[str, Any], run: dict[str, Any], vocabulary: Any = None, standardization: Any = None
+) -> dict[str, Any]:
     """The content of ``config.json``: what the model is, and how the run was set.
 
     Args:
@@ -128,11 +151,14 @@ def make_config(model: str, arguments: dict[str, Any], run: dict[str, Any], voca
         arguments: of the class.
         run: settings, and the data's name and fingerprint.
         vocabulary: a language model's `Vocabulary`.
+        standardization: a flow's `Standardization`, if it is of a table.
     """
     known = next(known for known in FORMATS.values() if model in known.models)
     config: dict[str, Any] = {"format": known.name, "model": model, "arguments": arguments}
     if vocabulary is not None:
         config["vocabulary"] = {"level": vocabulary.level, "characters": vocabulary.characters}
+    if standardization is not None:
+        config["standardization"] = standardization.to_json()
     return {**config, "run": run}
 
 
@@ -179,6 +205,24 @@ class SavedImageModel:
     config: dict[str, Any]
     metadata: dict[str, str]
     folder: Path
+
+
+@dataclass(frozen=True)
+class SavedFlow:
+    """A flow read from disk, in eval mode, with its config and what was measured then.
+
+    Attributes:
+        standardization: of the rows of the table it is of; None of a flow of images.
+    """
+
+    model: Any
+    standardization: Standardization | None
+    config: dict[str, Any]
+    metadata: dict[str, str]
+    folder: Path
+
+
+Saved = SavedModel | SavedImageModel | SavedFlow
 
 
 def read_config(folder: Path, wanted: Format | None = None) -> dict[str, Any]:
@@ -230,7 +274,15 @@ def load_image_model(path: str | os.PathLike[str], device: str = "cpu") -> Saved
     return saved
 
 
-def load_any(path: str | os.PathLike[str], device: str = "cpu") -> SavedModel | SavedImageModel:
+def load_flow(path: str | os.PathLike[str], device: str = "cpu") -> SavedFlow:
+    """Load the best flow of a run: arguments and errors are those of `load_model`."""
+    saved = load_any(path, device)
+    if not isinstance(saved, SavedFlow):
+        raise UserError(f"{path} holds a {saved.config['model']}, and this command wants a flow.")
+    return saved
+
+
+def load_any(path: str | os.PathLike[str], device: str = "cpu") -> Saved:
     """Load the best model of a run, whatever kind it is: arguments and errors are those of `load_model`."""
     import torch
     from safetensors import SafetensorError, safe_open
@@ -261,7 +313,7 @@ def load_any(path: str | os.PathLike[str], device: str = "cpu") -> SavedModel | 
     if config.get("model") not in known.models:
         raise UserError(f"{folder} holds a {config.get('model')}, which this version of genfuse does not know.")
     try:
-        saved = (_language_model if known is LANGUAGE else _image_model)(state, config, metadata, folder)
+        saved = _READERS[known.name](state, config, metadata, folder)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, UserError):
             raise
@@ -294,16 +346,34 @@ def _language_model(
 def _image_model(
     state: dict[str, Tensor], config: dict[str, Any], metadata: dict[str, str], folder: Path
 ) -> SavedImageModel:
-    model = image_model_class(config["model"])(**config["arguments"])  # a twin's weights fit as well
+    model = model_class(config["model"])(**config["arguments"])  # a twin's weights fit as well
     model.load_state_dict(state)
     return SavedImageModel(model, config, metadata, folder)
 
 
-def image_model_class(name: str, implementation: str = "genfuse") -> Any:
+def _flow(state: dict[str, Tensor], config: dict[str, Any], metadata: dict[str, str], folder: Path) -> SavedFlow:
+    from .tables import Standardization
+
+    model = model_class(config["model"])(**config["arguments"])
+    model.load_state_dict(state)
+    values = config.get("standardization")
+    standardization = None if values is None else Standardization.from_json(values)
+    return SavedFlow(model, standardization, config, metadata, folder)
+
+
+_READERS: dict[str, Callable[..., Saved]] = {
+    LANGUAGE.name: _language_model,
+    IMAGES.name: _image_model,
+    FLOWS.name: _flow,
+}
+
+
+def model_class(name: str, implementation: str = "genfuse") -> Any:
     """The class of this name: genfuse's own, or its twin in plain PyTorch where `implementation` is ``"torch"``."""
     import importlib
 
-    module = "genfuse.models" if implementation == "genfuse" else "genfuse.reference.vae"
+    known = next(known for known in FORMATS.values() if name in known.models)
+    module = "genfuse.models" if implementation == "genfuse" else known.twins
     return getattr(importlib.import_module(module), name)
 
 

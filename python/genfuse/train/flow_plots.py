@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -234,20 +235,19 @@ def draw_round_trip(path: Path, errors: dict[str, NDArray[np.float64]], unit: st
 
     figure = _figure(6.4, 3.8)
     axes = figure.subplots()
-    shown = {name: values[np.isfinite(values)] for name, values in errors.items()}
-    # An error of nothing has no logarithm: it is drawn at the smallest error there is.
-    least = min((values[values > 0].min() for values in shown.values() if (values > 0).any()), default=1e-17)
-    logs = {name: np.log10(np.maximum(values, least)) for name, values in shown.items()}
-    for (name, values), colour in zip(logs.items(), (DATA, MODEL, "#41ab5d"), strict=False):
-        bins = max(10, min(60, len(values) // 10))
-        lost = len(errors[name]) - len(values)
+    for (name, values), colour in zip(errors.items(), (DATA, MODEL, "#41ab5d"), strict=False):
+        shown = values[np.isfinite(values)]
+        lost = len(values) - len(shown)
         note = f", {lost} not finite" if lost else ""
-        label = (
-            f"{name}: median {np.median(shown[name]):.1e}, largest {shown[name].max():.1e}{note}"
-            if len(values)
-            else name
-        )
-        axes.hist(values, bins=bins, color=colour, alpha=0.6, label=label)
+        if len(shown) == 0:
+            axes.plot([], [], color=colour, label=f"{name}{note}")
+            continue
+        # An error of nothing has no logarithm: it is drawn with the smallest that there is.
+        least = shown[shown > 0.0].min(initial=np.inf)
+        logs = np.log10(np.maximum(shown, least if np.isfinite(least) else np.finfo(name).eps))
+        edges = np.arange(math.floor(10 * logs.min()), math.ceil(10 * logs.max()) + 2) / 10
+        label = f"{name}: median {np.median(shown):.1e}, largest {shown.max():.1e}{note}"
+        axes.hist(logs, bins=edges.tolist(), color=colour, alpha=0.7, label=label)
     axes.xaxis.set_major_formatter(lambda value, place: f"$10^{{{value:g}}}$")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(f"largest error after data → noise → data, {unit}")

@@ -17,9 +17,9 @@ from .checkpoint import (
     IMAGES,
     WEIGHTS,
     SavedImageModel,
-    image_model_class,
     load_image_model,
     make_config,
+    model_class,
     model_hash,
     write_json,
 )
@@ -115,14 +115,14 @@ class ImageJob(Job):
         )
 
     def build(self) -> torch.nn.Module:
-        model: torch.nn.Module = image_model_class(self.model)(**self.arguments)
+        model: torch.nn.Module = model_class(self.model)(**self.arguments)
         return model
 
     def training(self, model: Any) -> Any:
         from .image_module import ImageModule, ImageRunData, VQVAEModule
 
         if self.settings.implementation == "torch":
-            twin = image_model_class(self.model, "torch")(**self.arguments)
+            twin = model_class(self.model, "torch")(**self.arguments)
             twin.load_state_dict(model.state_dict())  # the same beginning
             model = twin
         kind = VQVAEModule if isinstance(self, VQVAEJob) else ImageModule

@@ -39,6 +39,7 @@ BINARIZE = ("dynamic", "none")
 ARCHITECTURES = ("mlp", "conv")
 OBJECTIVES = ("elbo", "iwae")
 IMPLEMENTATIONS = ("genfuse", "torch")
+LINEAR = ("lu", "permutation", "none")
 
 
 class Settings:
@@ -390,10 +391,9 @@ class FlowSettings(Settings):
     grey: bool = False
     held_out: float | None = None
     split_seed: int = 0
-    hidden: tuple[int, ...] = (64, 64)
     implementation: str = "genfuse"
     batch_size: int = 256
-    epochs: int = 60
+    epochs: int = 40
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     clip: float = 5.0
@@ -401,7 +401,6 @@ class FlowSettings(Settings):
     save_every: int = 500
 
     data_kind: ClassVar[str] = "data"
-    sizes: ClassVar[tuple[str, ...]] = ("hidden",)
     counts: ClassVar[tuple[str, ...]] = ()  # settings of the model that are whole numbers of at least 1
     takes: ClassVar[tuple[str, ...]] = ("images", "tables")
 
@@ -431,12 +430,26 @@ class FlowSettings(Settings):
 
 @dataclass(frozen=True)
 class RealNVPSettings(FlowSettings):
-    """Settings of ``genfuse train realnvp``; the defaults suit two-dimensional points and two CPU cores."""
+    """Settings of ``genfuse train realnvp``; the defaults suit two-dimensional points and two CPU cores.
+
+    `flows` and `hidden` are of tables, `levels` and `channels` of images.
+    """
 
     flows: int = 8
+    hidden: tuple[int, ...] = (64, 64)
     levels: int = 2
+    channels: int = 32
+    reversible: bool = False
 
-    counts: ClassVar[tuple[str, ...]] = ("flows", "levels")
+    sizes: ClassVar[tuple[str, ...]] = ("hidden",)
+    counts: ClassVar[tuple[str, ...]] = ("flows", "levels", "channels")
+
+    def model_arguments(self, shape: tuple[int, ...], levels: int) -> dict[str, Any]:
+        if len(shape) == 1:
+            size = {"input_shape": shape[0], "transforms": self.flows, "hidden": list(self.hidden)}
+        else:
+            size = {"input_shape": list(shape), "scales": self.levels, "channels": self.channels, "levels": levels}
+        return {**size, "reversible": self.reversible}
 
 
 @dataclass(frozen=True)
@@ -446,38 +459,63 @@ class GlowSettings(FlowSettings):
     data: str = "digits"
     levels: int = 2
     steps: int = 8
-    hidden: tuple[int, ...] = (64,)
+    channels: int = 64
     reversible: bool = False
+    batch_size: int = 64
+    epochs: int = 50
 
-    counts: ClassVar[tuple[str, ...]] = ("levels", "steps")
+    counts: ClassVar[tuple[str, ...]] = ("levels", "steps", "channels")
     takes: ClassVar[tuple[str, ...]] = ("images",)
+
+    def model_arguments(self, shape: tuple[int, ...], levels: int) -> dict[str, Any]:
+        same = {name: getattr(self, name) for name in ("levels", "steps", "channels", "reversible")}
+        return {"input_shape": list(shape), **same, "pixel_levels": levels}
 
 
 @dataclass(frozen=True)
-class NSFSettings(FlowSettings):
+class TableFlowSettings(FlowSettings):
+    """Settings of the flows that are of tables alone."""
+
+    hidden: tuple[int, ...] = (64, 64)
+    flows: int = 5
+
+    sizes: ClassVar[tuple[str, ...]] = ("hidden",)
+    counts: ClassVar[tuple[str, ...]] = ("flows",)
+    takes: ClassVar[tuple[str, ...]] = ("tables",)
+
+    def model_arguments(self, shape: tuple[int, ...], levels: int) -> dict[str, Any]:
+        return {"features": shape[0], "transforms": self.flows, "hidden": list(self.hidden)}
+
+
+@dataclass(frozen=True)
+class NSFSettings(TableFlowSettings):
     """Settings of ``genfuse train nsf``; the defaults suit two-dimensional points and two CPU cores."""
 
-    flows: int = 5
     bins: int = 8
     tail_bound: float = 3.0
     autoregressive: bool = False
+    linear: str = "lu"
 
     counts: ClassVar[tuple[str, ...]] = ("flows", "bins")
-    takes: ClassVar[tuple[str, ...]] = ("tables",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_above_0("tail_bound")
+        self._check_choice("linear", LINEAR)
+
+    def model_arguments(self, shape: tuple[int, ...], levels: int) -> dict[str, Any]:
+        return {
+            **super().model_arguments(shape, levels),
+            "num_bins": self.bins,
+            "tail_bound": self.tail_bound,
+            "coupling": not self.autoregressive,
+            "linear": None if self.linear == "none" else self.linear,
+        }
 
 
 @dataclass(frozen=True)
-class MAFSettings(FlowSettings):
+class MAFSettings(TableFlowSettings):
     """Settings of ``genfuse train maf`` and ``iaf``."""
-
-    flows: int = 5
-
-    counts: ClassVar[tuple[str, ...]] = ("flows",)
-    takes: ClassVar[tuple[str, ...]] = ("tables",)
 
 
 def process_rank() -> int:

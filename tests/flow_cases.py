@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# "split" of "list" or "mask" becomes a tensor, "separate" asks for a shift of its own, "params_of" and "noise" shape the
-# tensors; the rest are arguments of the operator. The first variant has every input.
+# "split" of "list" or "mask" becomes a tensor, "separate" asks for a shift of its own, "params_of" and "noise" shape
+# the tensors; the rest are arguments of the operator. The first variant has every input.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "affine_coupling": {
         "separate": {"separate": True},

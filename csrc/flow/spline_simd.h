@@ -116,6 +116,7 @@ struct SplineMath : SplineBins<Bins> {
   using V = Vec<T>;
   using I = VecInt<T>;
   using S = typename VecTraits<T>::scalar_integer;
+  using Sum = RunningSum<V, (Bins > 0)>;
 
   const SplineOptions<T>& o;
   T clip = T(0.5 * kZukoSlope), beta = 1, inverse_beta = 1;
@@ -244,7 +245,7 @@ struct SplineMath : SplineBins<Bins> {
     const V h_factor = (T(1) - min_h * static_cast<T>(K)) * r.h_whole;
     const T across = o.right - o.left, up = o.top - o.bottom;
     V x_k = broadcast(o.left), y_k = broadcast(o.bottom), x_next = x_k, y_next = y_k;
-    RunningSum<V, (Bins > 0)> cum_w, cum_h;
+    Sum cum_w, cum_h;
     const int shift = o.ends == SplineEnds::one ? 1 : 0;  // knot j has the derivative j - shift
     V raw_0{}, raw_1{};
     if (shift == 0) raw_0 = derivatives[0];
@@ -365,13 +366,15 @@ struct SplineMath : SplineBins<Bins> {
     Piece r{};
     static_cast<At&>(r) = enter(x);
     const V unit = (r.at - low()) / span_in();
-    V cum{}, mass = p[0];
+    Sum cum;
+    V mass = p[0];
     if (o.inverse) {
       for (int j = 1; j < K; ++j) {
-        cum += p[j - 1];
-        const I reached = unit >= cum;
-        r.y_k = reached ? cum : r.y_k;
-        mass = reached ? (j + 1 == K ? T(1) - cum : p[j]) : mass;
+        cum.add(p[j - 1]);
+        const V knot = cum.value();
+        const I reached = unit >= knot;
+        r.y_k = reached ? knot : r.y_k;
+        mass = reached ? (j + 1 == K ? T(1) - knot : p[j]) : mass;
         r.k -= reached;
       }
       if (K == 1) mass = broadcast(T(1));
@@ -379,9 +382,9 @@ struct SplineMath : SplineBins<Bins> {
     } else {
       const V place = unit * static_cast<T>(K);
       for (int j = 1; j < K; ++j) {
-        cum += p[j - 1];
+        cum.add(p[j - 1]);
         const I reached = place >= static_cast<T>(j);
-        r.y_k = reached ? cum : r.y_k;
+        r.y_k = reached ? cum.value() : r.y_k;
         mass = reached ? p[j] : mass;
         r.k -= reached;
       }
@@ -416,16 +419,17 @@ struct SplineMath : SplineBins<Bins> {
     Piece r{};
     static_cast<At&>(r) = enter(x);
     const V unit = (r.at - low()) / span_in();
-    V cum_w{}, cum_h{};
+    Sum cum_w, cum_h;
     r.w = w[0];
     r.d_0 = v[0];
     r.d_1 = v[1];
     for (int j = 1; j < K; ++j) {
-      cum_w += w[j - 1];
-      cum_h += T(0.5) * (v[j - 1] + v[j]) * w[j - 1];
-      const I reached = unit >= (o.inverse ? cum_h : cum_w);
-      r.x_k = reached ? cum_w : r.x_k;
-      r.y_k = reached ? cum_h : r.y_k;
+      cum_w.add(w[j - 1]);
+      cum_h.add(T(0.5) * (v[j - 1] + v[j]) * w[j - 1]);
+      const V x_j = cum_w.value(), y_j = cum_h.value();
+      const I reached = unit >= (o.inverse ? y_j : x_j);
+      r.x_k = reached ? x_j : r.x_k;
+      r.y_k = reached ? y_j : r.y_k;
       r.w = reached ? w[j] : r.w;
       r.d_0 = reached ? v[j] : r.d_0;
       r.d_1 = reached ? v[j + 1] : r.d_1;
@@ -457,12 +461,16 @@ struct SplineMath : SplineBins<Bins> {
     for (int j = 0; j < count; ++j) raw[j + shift] = softplus<T>(u[j] * o.logit_scale, T(1), T(1)) + T(1e-3);
     if (shift == 1) {
       const V first = T(0.5) * w[0], last = T(0.5) * w[K - 1];
-      a.mass = T(0.5) * (first * raw[1] + last * raw[K - 1]);
-      for (int j = 1; j < K - 1; ++j) a.mass += T(0.5) * (raw[j] + raw[j + 1]) * w[j];
+      Sum mass;
+      mass.add(T(0.5) * (first * raw[1] + last * raw[K - 1]));
+      for (int j = 1; j < K - 1; ++j) mass.add(T(0.5) * (raw[j] + raw[j + 1]) * w[j]);
+      a.mass = mass.value();
       a.room = T(1) - T(0.5) * (first + last);
       raw[0] = raw[K] = a.mass / a.room;
     }
-    for (int j = 0; j < K; ++j) a.area += T(0.5) * (raw[j] + raw[j + 1]) * w[j];
+    Sum area;
+    for (int j = 0; j < K; ++j) area.add(T(0.5) * (raw[j] + raw[j + 1]) * w[j]);
+    a.area = area.value();
     for (int j = 0; j <= K; ++j) v[j] = o.min_height + (T(1) - o.min_height) * (raw[j] / a.area);
     return a;
   }
@@ -553,19 +561,20 @@ struct SplineMath : SplineBins<Bins> {
     Piece r{};
     static_cast<At&>(r) = enter(x);
     const V unit = (r.at - low()) / span_in();
-    V cum_w{}, cum_h{};
+    Sum cum_w, cum_h;
     r.w = w[0];
     r.h = h[0];
     r.d_0 = T(3) * sigmoid(d[0]) * (h[0] / w[0]);
     I reached = r.k == 0;
     for (int j = 1; j < K; ++j) {
-      cum_w += w[j - 1];
-      cum_h += h[j - 1];
+      cum_w.add(w[j - 1]);
+      cum_h.add(h[j - 1]);
+      const V x_j = cum_w.value(), y_j = cum_h.value();
       const V slope = inner_knot(w, h, j).slope;
       r.d_1 = reached ? slope : r.d_1;
-      reached = unit >= (o.inverse ? cum_h : cum_w);
-      r.x_k = reached ? cum_w : r.x_k;
-      r.y_k = reached ? cum_h : r.y_k;
+      reached = unit >= (o.inverse ? y_j : x_j);
+      r.x_k = reached ? x_j : r.x_k;
+      r.y_k = reached ? y_j : r.y_k;
       r.w = reached ? w[j] : r.w;
       r.h = reached ? h[j] : r.h;
       r.d_0 = reached ? slope : r.d_0;

@@ -134,4 +134,9 @@ STABLE_TORCH_LIBRARY(genfuse, m) {
       "dequantize_logit_backward(Tensor? grad_y, Tensor? grad_log_abs_det, Tensor x, Tensor? u, Tensor? rng, "
       "int levels, float alpha, int needs) -> (Tensor grad_x, Tensor grad_u)");
   m.def("logit_quantize(Tensor y, int levels, float alpha) -> Tensor");
+  // flow: a matrix over channels
+  m.def("conv1x1(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def(
+      "conv1x1_backward(Tensor? grad_y, Tensor x, Tensor weight, Tensor? bias, int needs) -> "
+      "(Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
 }

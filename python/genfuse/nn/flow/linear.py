@@ -222,12 +222,7 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         dtype = torch.promote_types(wide.dtype, weight.dtype)
         wide, weight = wide.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-        if x.dim() == 2:
-            y = F.linear(wide, weight, bias)
-        elif x.dim() == 4:
-            y = F.conv2d(wide, weight[..., None, None], bias)
-        else:
-            y = F.conv1d(wide.flatten(2), weight[..., None], bias).view(x.shape)
+        y = F.linear(wide, weight, bias) if x.dim() == 2 else ops.conv1x1(wide, weight, bias)
         return y.to(x.dtype)
 
 

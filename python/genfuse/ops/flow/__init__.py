@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .autoregressive import MaskedLayer, autoregressive_inverse, masked_linear
 from .coupling import additive_coupling, affine_coupling
+from .linear import conv1x1
 from .pointwise import actnorm, dequantize_logit, logit_quantize
 from .spline import (
     InputOutsideDomain,
@@ -22,6 +23,7 @@ __all__ = [
     "additive_coupling",
     "affine_coupling",
     "autoregressive_inverse",
+    "conv1x1",
     "cubic_spline",
     "dequantize_logit",
     "linear_spline",

@@ -41,9 +41,9 @@ def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     The invertible 1x1 convolution of Kingma and Dhariwal 2018 (arXiv 1807.03039), section 3.2, is this with a square
     matrix; with actnorm before it, the matrix is W diag(e^s) and the bias W b, which is how `genfuse.nn.GlowStep`
-    passes over the activations once for both. ``torch.nn.functional.conv2d`` with a kernel of 1 x 1 is the same function;
-    a log-determinant, the number of positions times ln \|det W\|, is the caller's. Under autocast it stays in float32:
-    an inverse in half precision would not be one.
+    passes over the activations once for both. ``torch.nn.functional.conv2d`` with a kernel of 1 x 1 is the same
+    function; a log-determinant, the number of positions times ln \|det W\|, is the caller's. Under autocast it stays in
+    float32: an inverse in half precision would not be one.
 
     Args:
         x: ``[B, C, *S]``, any strides; float32, float64, bfloat16 or float16 (computed in float32); differentiable.

@@ -239,8 +239,15 @@ std::tuple<Tensor, Tensor, Tensor> autoregressive_inverse_backward(
     Call<T> call(u, parameters, additions, degrees, program, constants);
     const int64_t B = call.p.batch, D = call.p.columns.count;
     const ScalarType compute = kScalar<T>, dtype = u.scalar_type();
-    const Tensor solution = prepared("x", x, {B, D}, dtype, compute);
-    call.p.x = const_cast<T*>(read<T>(solution));
+    Tensor solution = prepared("x", x, {B, D}, dtype, compute);
+    if (dtype != compute && B > 0 && D > 0) {  // the solution as it was before it was rounded
+      solution = empty({B, D}, compute);
+      const Tensor log_abs_det = empty({B}, compute);
+      call.p.x = data<T>(solution);
+      call.p.log_abs_det = data<T>(log_abs_det);
+      run_kernel(GENFUSE_DISPATCH(autoregressive_kernel<T>)(), call.p);
+    }
+    call.p.x = data<T>(solution);
     AutoregressiveBackward<T> b;
     OptionalTensor by_x, by_log;
     if (grad_x.has_value()) by_x = prepared("grad_x", *grad_x, {B, D}, dtype, compute);

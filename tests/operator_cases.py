@@ -1,4 +1,4 @@
-"""Problems for the operators of sampling and likelihoods: every option, as tensors and keyword arguments."""
+"""Problems for the operators of sampling, likelihoods and flows: every option, as tensors and keyword arguments."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import flow_cases
 import genfuse
+import spline_cases
 import torch
 from genfuse import ops
 from tolerances import assert_as_accurate, eager_runs
@@ -103,8 +105,15 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "nothing summed": {"batch_dims": 2},
     },
 }
-SAMPLING = [(op, variant) for op, variants in VARIANTS.items() if not op.endswith("nll") for variant in variants]
-LIKELIHOOD = [(op, variant) for op, variants in VARIANTS.items() if op.endswith("nll") for variant in variants]
+LIKELIHOOD_OPS = tuple(op for op in VARIANTS if op.endswith("nll"))
+SAMPLING_OPS = tuple(op for op in VARIANTS if op not in LIKELIHOOD_OPS)
+FLOW_OPS = tuple(flow_cases.VARIANTS)
+VARIANTS.update(flow_cases.VARIANTS)
+SAMPLING = [(op, variant) for op in SAMPLING_OPS for variant in VARIANTS[op]]
+LIKELIHOOD = [(op, variant) for op in LIKELIHOOD_OPS for variant in VARIANTS[op]]
+FLOWS = [(op, variant) for op in FLOW_OPS for variant in VARIANTS[op]]
+SPLINES = [(op, variant) for op, variants in spline_cases.VARIANTS.items() for variant in variants]
+VARIANTS.update(spline_cases.VARIANTS)
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 DTYPE_NAMES = ["float32", "float64", "bfloat16", "float16"]
 # Around the widths of vectors of every instruction set, and around blocks.
@@ -195,8 +204,12 @@ def make(
     seed: int = 0,
 ) -> Problem:
     """A problem, its numbers first drawn in float64 and then rounded to `dtype`; the op's first variant by default."""
+    if op in FLOW_OPS:
+        return Problem(op, *flow_cases.make(op, variant, dtype, shape, seed))
     variants = VARIANTS[op]
     options = dict(variants[variant or next(iter(variants))] if isinstance(variant, str) else variant)
+    if op in spline_cases.VARIANTS:
+        return Problem(op, *spline_cases.make(op, options, dtype, shape, seed))
     generator = torch.Generator().manual_seed(seed)
     sizes = {"full": shape, "last": shape[-1:], "one": ()}
 

@@ -561,3 +561,108 @@ def test_modules_of_nflows(name: str, dtype: torch.dtype) -> None:
     with exact_knots(SPLINES[4]):
         module_as_accurate("nflows", randomized(module), both_ways, x, dtype)
         module_as_accurate("nflows", randomized(module), slopes, x, dtype)
+
+
+# ---- autoregressive inverses -----------------------------------------------------------------------------------------
+
+
+def inverse_alone(module: Any, x: Tensor) -> Sequence[Tensor]:
+    found: Sequence[Tensor] = module.inverse(x)
+    return found
+
+
+def with_context(context: Tensor) -> Use:
+    return lambda module, x: module.inverse(x, context.to(x.dtype))
+
+
+MADES: dict[str, dict[str, Any]] = {
+    "residual": {},
+    "residual tanh": {"activation": torch.tanh},
+    "residual context": {"context_features": 3},
+    "feed-forward": {"use_residual_blocks": False},
+    "feed-forward random": {"use_residual_blocks": False, "random_mask": True, "activation": torch.nn.functional.elu},
+    "no blocks": {"num_blocks": 0},
+    "dropout at rest": {"dropout_probability": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", MADES)
+@pytest.mark.parametrize("kind", ["affine", "rqs"])
+@pytest.mark.parametrize("peer", [pytest.param(peer, marks=needs(peer)) for peer in ("nflows", "normflows")])
+def test_autoregressive_inverses(peer: str, kind: str, name: str) -> None:
+    options = MADES[name]
+    if peer == "normflows" and "context" in name:
+        pytest.skip("normflows gates its blocks by the context: handed back")
+    affine, rqs = {
+        "nflows": (
+            "nflows.transforms.MaskedAffineAutoregressiveTransform",
+            "nflows.transforms.MaskedPiecewiseRationalQuadraticAutoregressiveTransform",
+        ),
+        "normflows": (
+            "normflows.flows.MaskedAffineAutoregressive",
+            "normflows.flows.neural_spline.autoregressive.MaskedPiecewiseRationalQuadraticAutoregressive",
+        ),
+    }[peer]
+    if kind == "affine":
+        module = at(affine)(6, 20, **options)
+    else:
+        module = at(rqs)(6, 20, num_bins=5, tails="linear", tail_bound=2.0, **options)
+    u = torch.randn(15, 6, dtype=torch.float64)
+    use = with_context(torch.randn(15, 3, dtype=torch.float64)) if "context" in name else inverse_alone
+    module_as_accurate(peer, randomized(module), use, u)
+
+    def gradients(module: Any, u: Tensor) -> Sequence[Tensor]:
+        u = u.detach().requires_grad_()
+        x, log_abs_det = use(module, u)
+        found = torch.autograd.grad((x * x).sum() + log_abs_det.sum(), [u, *module.parameters()], allow_unused=True)
+        # The peers' is 0 where ours, which never looks there, is none.
+        return [g if g is not None else torch.zeros_like(p) for g, p in zip(found, [u, *module.parameters()], strict=True)]
+
+    module_as_accurate(peer, module, gradients, u)
+
+
+@needs("normflows")
+def test_autoregressive_inverse_of_permuted_columns() -> None:
+    module = at("normflows.flows.AutoregressiveRationalQuadraticSpline")(5, 2, 16, permute_mask=True)
+    u = torch.randn(15, 5, dtype=torch.float64)
+    module_as_accurate("normflows", randomized(module), lambda module, u: module(u), u)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"dropout_probability": 0.3}, "dropout at work"),
+        ({"use_batch_norm": True}, "batch normalisation"),
+        ({"activation": torch.nn.functional.softplus}, "an activation that genfuse does not know"),
+    ],
+    ids=["dropout", "batch norm", "activation"],
+)
+@needs("nflows")
+def test_autoregressive_inverses_left_to_the_peer(options: dict[str, Any], reason: str) -> None:
+    module = at("nflows.transforms.MaskedAffineAutoregressiveTransform")(4, 12, **options)
+    u = torch.randn(9, 4)
+    torch.manual_seed(5)
+    theirs = module.inverse(u)
+    with genfuse.patched("nflows") as report:
+        torch.manual_seed(5)
+        ours = module.inverse(u)
+    name = "nflows.transforms.autoregressive.MaskedAffineAutoregressiveTransform.inverse"
+    assert report.calls.handed_back == {(name, reason): 1}
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@needs("nflows")
+def test_autoregressive_inverse_of_changed_masks() -> None:
+    """Masks are looked at again when they have changed; one that follows from no degrees is the peer's affair."""
+    module = randomized(at("nflows.transforms.MaskedAffineAutoregressiveTransform")(4, 12))
+    u = torch.randn(9, 4, dtype=torch.float64)
+    module_as_accurate("nflows", module, inverse_alone, u)
+    mask = module.autoregressive_net.initial_layer.mask
+    mask[:, 0] = torch.arange(12) % 2
+    theirs = module.inverse(u.float())
+    with genfuse.patched("nflows") as report:
+        ours = module.inverse(u.float())
+    assert [reason for _, reason in report.calls.handed_back] == ["masks that do not follow from degrees"]
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from genfuse import ops
 
+from .networks import of_made
 from .patching import ByPeer, Peer, Rebind, Target
 from .serving import OUTSIDE, is_number, objection, own
 
@@ -617,6 +618,60 @@ def _masked_affine_inverse(self: Any, inputs: Tensor, autoregressive_params: Ten
     return _masked_affine(self, inputs, autoregressive_params, True)
 
 
+def _inverted(self: Any, inputs: Tensor, context: Tensor | None, **options: Any) -> Pair | str:
+    """An autoregressive transform: each column once."""
+    if inputs.dim() != 2 or inputs.shape[1] < 1:
+        return _SHAPES
+    reason = objection("autoregressive_inverse", inputs)
+    if reason is not None:
+        return reason
+    net = self.autoregressive_net
+    found = of_made(net, "nflows.transforms.made", context, inputs.shape[0], getattr(net, "activation", None))
+    if isinstance(found, str):
+        return found
+    layers, degrees = found
+    if len(degrees) != inputs.shape[1]:
+        return _SHAPES
+    reason = objection("autoregressive_inverse", inputs, *(layer.weight for layer in layers))
+    if reason is not None:
+        return reason
+    return ops.autoregressive_inverse(inputs, layers, degrees=degrees, **options)
+
+
+def _maf_inverse(self: Any, inputs: Tensor, context: Tensor | None = None) -> Pair | str:
+    """MaskedAffineAutoregressiveTransform.inverse"""
+    cls = f"{_AUTOREGRESSIVE}.MaskedAffineAutoregressiveTransform"
+    if not own(self, cls, "_elementwise_inverse", "_unconstrained_scale_and_shift", "_output_dim_multiplier"):
+        return "a subclass with a transform of its own"
+    return _inverted(self, inputs, context, scale="softplus", eps=self._epsilon, layout="scale_shift")
+
+
+def _rqs_maf_inverse(self: Any, inputs: Tensor, context: Tensor | None = None) -> Pair | str:
+    """MaskedPiecewiseRationalQuadraticAutoregressiveTransform.inverse"""
+    cls = f"{_AUTOREGRESSIVE}.MaskedPiecewiseRationalQuadraticAutoregressiveTransform"
+    if not own(self, cls, "_elementwise_inverse", "_elementwise", "_output_dim_multiplier"):
+        return "a subclass with a transform of its own"
+    if self.tails != "linear":
+        return "no tails: an input outside of the domain is an error, which is found column by column"
+    least = self.min_bin_width, self.min_bin_height, self.min_derivative
+    reason = bound_objection(self.tail_bound) or limits_objection(self.num_bins, least, None)
+    if reason is not None:
+        return reason
+    net = self.autoregressive_net
+    return _inverted(
+        self,
+        inputs,
+        context,
+        transform="rational_quadratic",
+        num_bins=self.num_bins,
+        tail_bound=self.tail_bound,
+        min_bin_width=self.min_bin_width,
+        min_bin_height=self.min_bin_height,
+        min_derivative=self.min_derivative,
+        logit_scale=1.0 / math.sqrt(net.hidden_features) if hasattr(net, "hidden_features") else 1.0,
+    )
+
+
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 _RQS = "genfuse.ops.rational_quadratic_spline"
@@ -700,6 +755,17 @@ def _targets() -> tuple[Target, ...]:
         ),
         Target(_AUTOREGRESSIVE, f"{maf}._elementwise_forward", elementwise, affine, _masked_affine_forward),
         Target(_AUTOREGRESSIVE, f"{maf}._elementwise_inverse", elementwise, affine, _masked_affine_inverse),
+        *(
+            Target(
+                _AUTOREGRESSIVE,
+                f"{cls}.inverse",
+                "self inputs context",
+                "genfuse.ops.autoregressive_inverse, each column once",
+                attempt,
+                inherited=True,
+            )
+            for cls, attempt in ((maf, _maf_inverse), (rqs_maf, _rqs_maf_inverse))
+        ),
         *(
             Target(
                 "nflows.transforms.normalization",

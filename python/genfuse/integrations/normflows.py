@@ -11,6 +11,7 @@ from torch import Tensor
 
 from genfuse import ops
 
+from .networks import of_made
 from .nflows import (
     bound_objection,
     domain,
@@ -448,6 +449,61 @@ def _masked_affine_inverse(self: Any, inputs: Tensor, autoregressive_params: Ten
     return _masked_affine(self, inputs, autoregressive_params, True)
 
 
+def _inverted(self: Any, inputs: Tensor, context: Tensor | None, **options: Any) -> Pair | str:
+    """An autoregressive flow: each column once."""
+    if inputs.dim() != 2 or inputs.shape[1] < 1:
+        return _SHAPES
+    reason = objection("autoregressive_inverse", inputs)
+    if reason is not None:
+        return reason
+    found = of_made(self.autoregressive_net, "normflows.nets.made", context, inputs.shape[0], None)
+    if isinstance(found, str):
+        return found
+    layers, degrees = found
+    if len(degrees) != inputs.shape[1]:
+        return _SHAPES
+    reason = objection("autoregressive_inverse", inputs, *(layer.weight for layer in layers))
+    if reason is not None:
+        return reason
+    return ops.autoregressive_inverse(inputs, layers, degrees=degrees, **options)
+
+
+def _maf_inverse(self: Any, inputs: Tensor, context: Tensor | None = None) -> Pair | str:
+    """MaskedAffineAutoregressive.inverse"""
+    cls = f"{_AUTOREGRESSIVE}.MaskedAffineAutoregressive"
+    if not own(self, cls, "_elementwise_inverse", "_unconstrained_scale_and_shift", "_output_dim_multiplier"):
+        return _SUBCLASS
+    return _inverted(self, inputs, context, scale="sigmoid", offset=2.0, eps=1e-3, layout="scale_shift")
+
+
+def _rqs_maf_inverse(self: Any, inputs: Tensor, context: Tensor | None = None) -> Pair | str:
+    """MaskedPiecewiseRationalQuadraticAutoregressive.inverse"""
+    cls = f"{_SPLINE_AUTOREGRESSIVE}.MaskedPiecewiseRationalQuadraticAutoregressive"
+    if not own(self, cls, "_elementwise_inverse", "_elementwise", "_output_dim_multiplier"):
+        return _SUBCLASS
+    if isinstance(self.tails, (list, tuple)):
+        return "a list of tails"
+    if self.tails != "linear":
+        return "tails other than 'linear'"
+    least = self.min_bin_width, self.min_bin_height, self.min_derivative
+    reason = bound_objection(self.tail_bound) or limits_objection(self.num_bins, least, None)
+    if reason is not None:
+        return reason
+    net = self.autoregressive_net
+    return _inverted(
+        self,
+        inputs,
+        context,
+        transform="rational_quadratic",
+        num_bins=self.num_bins,
+        tail_bound=self.tail_bound,
+        min_bin_width=self.min_bin_width,
+        min_bin_height=self.min_bin_height,
+        min_derivative=self.min_derivative,
+        logit_scale=1.0 / math.sqrt(net.hidden_features) if hasattr(net, "hidden_features") else 1.0,
+    )
+
+
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 
@@ -495,6 +551,20 @@ def _targets() -> tuple[Target, ...]:
         ),
         Target(_AUTOREGRESSIVE, f"{maf}._elementwise_forward", elementwise, affine, _masked_affine_forward),
         Target(_AUTOREGRESSIVE, f"{maf}._elementwise_inverse", elementwise, affine, _masked_affine_inverse),
+        *(
+            Target(
+                module,
+                f"{cls}.inverse",
+                "self inputs context",
+                "genfuse.ops.autoregressive_inverse, each column once",
+                attempt,
+                inherited=True,
+            )
+            for module, cls, attempt in (
+                (_AUTOREGRESSIVE, maf, _maf_inverse),
+                (_SPLINE_AUTOREGRESSIVE, rqs_maf, _rqs_maf_inverse),
+            )
+        ),
         Target(_AFFINE, "AffineCouplingBlock.forward", "self z", f"{affine}, split and merge inside", _block_forward),
         Target(_AFFINE, "AffineCouplingBlock.inverse", "self z", f"{affine}, split and merge inside", _block_inverse),
         Target(_AFFINE, "AffineCoupling.forward", "self z", affine, _pair_forward),

@@ -1,7 +1,8 @@
-"""Pyro: the quadratic rational spline, affine couplings."""
+"""Pyro: the quadratic rational spline, affine couplings, the inverse of affine autoregressive transforms."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from genfuse import ops
 
+from .networks import Network, activation, is_exactly, masked_layers, plain
 from .nflows import bound_objection, limits_objection
 from .patching import ByPeer, Peer, Target
 from .serving import objection
@@ -114,6 +116,92 @@ def _coupling_inverse(self: Any, y: Tensor) -> Tensor | str | ByPeer:
     return _coupling(self, y, True)
 
 
+def _network(net: Any, context: int) -> Network | str:
+    """An AutoRegressiveNN as a network of masked layers; its skip connection is a layer of x added to the last."""
+    linear = "pyro.nn.auto_reg_nn.MaskedLinear"
+    name = activation(net.f)
+    if name is None:
+        return "an activation that genfuse does not know"
+    if not plain(net, linear):
+        return "a network of another class"
+    modules, count = list(net.layers), len(net.layers)
+    sources, activations = list(range(-1, count - 1)), ["none", *[name] * (count - 1)]
+    residuals: list[int | None] = [None] * count
+    strict: tuple[int, ...] = ()
+    if net.skip_layer is not None:
+        modules.insert(count - 1, net.skip_layer)
+        sources.insert(count - 1, -1)
+        activations.insert(count - 1, "none")
+        residuals = [*residuals, count - 1]
+        strict = (count - 1,)
+    degrees = torch.empty_like(net.permutation)
+    degrees[net.permutation] = torch.arange(1, len(degrees) + 1, device=degrees.device)
+    return Network(
+        modules,
+        sources,
+        activations,
+        residuals,
+        degrees,
+        interleaved=False,
+        context=context,
+        context_first=True,
+        strict=strict,
+    )
+
+
+def _autoregressive_inverse(self: Any, y: Tensor) -> Tensor | str:
+    """AffineAutoregressive._inverse"""
+    if self.stable:
+        return "the stable variant, which the operator does not have"
+    reason = objection("autoregressive_inverse", y)
+    if reason is not None:
+        return reason
+    net: Any = self.arn
+    context: Tensor | None = None
+    if isinstance(net, partial):
+        if net.args or set(net.keywords) != {"context"}:
+            return "a network of another class"
+        net, context = net.func, net.keywords["context"]
+    wanted = "AutoRegressiveNN" if context is None else "ConditionalAutoRegressiveNN"
+    if not is_exactly(net, f"pyro.nn.auto_reg_nn.{wanted}"):
+        return "a network of another class"
+    if net.param_dims != [1, 1] or y.dim() < 1 or y.shape[-1] != net.input_dim or net.input_dim < 1:
+        return _SHAPES
+    batch = y.shape[:-1]
+    rows: Tensor | None = None
+    if context is not None:
+        reason = objection("autoregressive_inverse", y, context)
+        if reason is not None:
+            return reason
+        try:
+            rows = context.expand(*batch, context.shape[-1]).reshape(-1, context.shape[-1])
+        except RuntimeError:
+            return _SHAPES
+    low, high = self.log_scale_min_clip, self.log_scale_max_clip
+    if not low <= high:
+        return "an empty interval"
+    network = _network(net, net.context_dim)
+    if isinstance(network, str):
+        return network
+    layers = masked_layers(net, network, rows)
+    if isinstance(layers, str):
+        return layers
+    reason = objection("autoregressive_inverse", y, *(layer.weight for layer in layers))
+    if reason is not None:
+        return reason
+    x, log_abs_det = ops.autoregressive_inverse(
+        y.reshape(-1, y.shape[-1]),
+        layers,
+        degrees=network.columns,
+        scale="clip",
+        clamp=(float(low), float(high)),
+        interleaved=False,
+    )
+    # The peer keeps the log-scales, of which it only ever takes the sum over the columns.
+    self._cached_log_scale = -log_abs_det.view(*batch, 1)
+    return x.view(y.shape)
+
+
 PEER = Peer(
     name="pyro",
     distribution="pyro-ppl",
@@ -121,6 +209,8 @@ PEER = Peer(
         "1.9.2": {
             "pyro.distributions.transforms.spline": "46554dd9c3a637e4",
             "pyro.distributions.transforms.affine_coupling": "68e042e7bf114c49",
+            "pyro.distributions.transforms.affine_autoregressive": "a2f16bf1d4b712c0",
+            "pyro.nn.auto_reg_nn": "29a0415437086f8e",
         },
     },
     targets=(
@@ -134,9 +224,16 @@ PEER = Peer(
         ),
         Target(_COUPLING, "AffineCoupling._call", "self x", "genfuse.ops.affine_coupling", _coupling_call),
         Target(_COUPLING, "AffineCoupling._inverse", "self y", "genfuse.ops.affine_coupling", _coupling_inverse),
+        Target(
+            "pyro.distributions.transforms.affine_autoregressive",
+            "AffineAutoregressive._inverse",
+            "self y",
+            "genfuse.ops.autoregressive_inverse, each column once",
+            _autoregressive_inverse,
+        ),
     ),
     left=(
-        ("pyro.distributions.transforms.AffineAutoregressive", "its parameters and its inverse stay the peer's"),
+        ("pyro.distributions.transforms.AffineAutoregressive._call", "its network is matrix products, and little else"),
         ("pyro.distributions.transforms.SplineAutoregressive", "its spline is served if order='quadratic'"),
         ("pyro.distributions.transforms.Polynomial", "genfuse has no operator for it"),
         ("pyro.distributions.transforms.NeuralAutoregressive", "genfuse has no operator for it"),

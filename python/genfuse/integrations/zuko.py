@@ -22,6 +22,7 @@ from torch.distributions.transforms import _InverseTransform
 
 from genfuse import ops
 
+from .networks import Network, activation, is_exactly, masked_layers, plain
 from .patching import Peer, Tally, Target, rebound
 from .serving import is_number, objection
 
@@ -246,6 +247,139 @@ def _coupling_inverse_and_ladj(self: Any, y: Tensor) -> Pair | str:
     return self.merge(y_a, x_b, y.shape), ladj
 
 
+# ---- the autoregressive transformation -------------------------------------------------------------------------------
+
+_LAZY_AUTOREGRESSIVE = "zuko.flows.autoregressive.MaskedAutoregressiveTransform"
+
+
+def _univariate_options(lazy: Any) -> dict[str, Any] | str:
+    """The operator's arguments for what a lazy transformation builds; the reason if it is nothing of ours."""
+    given = lazy.univariate
+    options: dict[str, Any] = {}
+    while isinstance(given, partial):
+        if given.args:
+            return "a transformation with fixed arguments"
+        options = {**given.keywords, **options}
+        given = given.func
+    shapes = [tuple(shape) for shape in lazy.shapes]
+    name = (getattr(given, "__module__", ""), getattr(given, "__name__", ""))
+    slope = options.pop("slope", _SLOPE)
+    if not is_number(slope) or not 0.0 < slope < 1.0:
+        return "a least slope outside of (0, 1)"
+    if name == (_MODULE, _AFFINE) and shapes == [(), ()] and not options:
+        return {"scale": "softclip", "clamp": float(slope)}
+    if name == (_MODULE, _SPLINE):
+        bound = options.pop("bound", 5.0)
+        if options or not is_number(bound) or not bound > 0:
+            return "a bound that is not a positive number"
+        if slope != _SLOPE:
+            return "another least slope than 0.001"
+        bins = shapes[0][0] if shapes and len(shapes[0]) == 1 else 0
+        if bins < 1 or shapes != [(bins,), (bins,), (bins - 1,)]:
+            return _SHAPES
+        return {
+            "transform": "rational_quadratic",
+            "num_bins": bins,
+            "tail_bound": float(bound),
+            "min_bin_width": 0.0,
+            "min_bin_height": 0.0,
+            "min_derivative": 0.0,
+            "normalizer": "zuko",
+        }
+    return "a transformation that the operator does not have"
+
+
+def _network(lazy: Any, context: int) -> Network | str:
+    """A MaskedMLP as a network of masked layers."""
+    net, linear = lazy.hyper, "zuko.nn.MaskedLinear"
+    if not is_exactly(net, "zuko.nn.MaskedMLP") or not plain(net, linear):
+        return "a network of another class"
+    if lazy.order is None:
+        return "an adjacency matrix of the user's"
+    modules: list[torch.nn.Module] = []
+    sources: list[int] = []
+    activations: list[str] = []
+    residuals: list[int | None] = []
+    applied = "none"
+
+    def add(module: torch.nn.Module, before: str, residual: int | None = None) -> None:
+        modules.append(module)
+        sources.append(len(modules) - 2)
+        activations.append(before)
+        residuals.append(residual)
+
+    for part in net:
+        if is_exactly(part, linear):
+            add(part, applied)
+            applied = "none"
+        elif is_exactly(part, "zuko.nn.Residual"):
+            pieces = list(part)
+            name = activation(pieces[1]) if len(pieces) == 3 else None
+            if name is None or applied != "none" or not all(is_exactly(one, linear) for one in pieces[::2]):
+                return "a block of another class"
+            below = len(modules) - 1
+            add(pieces[0], "none")
+            add(pieces[2], name, below)
+        else:
+            name = activation(part)
+            if name is None or applied != "none":
+                return "an activation that genfuse does not know"
+            applied = name
+    if applied != "none" or not modules:
+        return "a network of another class"
+    return Network(modules, sources, activations, residuals, lazy.order, context=context)
+
+
+def _autoregressive(self: Any, y: Tensor) -> Pair | str:
+    """x and ln |det dx/dy| of each row, each column once."""
+    reason = objection("autoregressive_inverse", y)
+    if reason is not None:
+        return reason
+    if y.dim() < 1:
+        return _SHAPES
+    meta = self.meta
+    lazy = getattr(getattr(meta, "func", None), "__self__", None)
+    if not isinstance(meta, partial) or meta.keywords or len(meta.args) != 1 or lazy is None:
+        return "a transformation that is not of a masked network"
+    if f"{type(lazy).__module__}.{type(lazy).__qualname__}" != _LAZY_AUTOREGRESSIVE or "meta" in vars(lazy):
+        return "a transformation that is not of a masked network"
+    context, columns = meta.args[0], len(lazy.order) if lazy.order is not None else 0
+    batch = y.shape[:-1]
+    if columns != y.shape[-1] or columns < 1:
+        return _SHAPES
+    rows: Tensor | None = None
+    if context is not None:
+        reason = objection("autoregressive_inverse", y, context)
+        if reason is not None:
+            return reason
+        try:
+            rows = context.expand(*batch, context.shape[-1]).reshape(-1, context.shape[-1])
+        except (RuntimeError, IndexError):
+            return _SHAPES
+    options = _univariate_options(lazy)
+    if isinstance(options, str):
+        return options
+    network = _network(lazy, 0 if rows is None else rows.shape[1])
+    if isinstance(network, str):
+        return network
+    if network.modules[0].in_features != columns + network.context:
+        return _SHAPES
+    layers = masked_layers(lazy.hyper, network, rows)
+    if isinstance(layers, str):
+        return layers
+    reason = objection("autoregressive_inverse", y, *(layer.weight for layer in layers))
+    if reason is not None:
+        return reason
+    x, log_abs_det = ops.autoregressive_inverse(y.reshape(-1, columns), layers, degrees=lazy.order, **options)
+    return x.view(y.shape), log_abs_det.view(batch)
+
+
+def _autoregressive_inverse(self: Any, y: Tensor) -> Tensor | str:
+    """AutoregressiveTransform._inverse"""
+    result = _autoregressive(self, y)
+    return result if isinstance(result, str) else result[0]
+
+
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 
@@ -403,6 +537,21 @@ PEER = Peer(
             "property",
             _INV,
             build=_inverse_property(_affine_inverse_and_ladj),
+            inherited=True,
+        ),
+        Target(
+            _MODULE,
+            "AutoregressiveTransform._inverse",
+            "self y",
+            "genfuse.ops.autoregressive_inverse, each column once",
+            _autoregressive_inverse,
+        ),
+        Target(
+            _MODULE,
+            "AutoregressiveTransform.inv",
+            "property",
+            _INV,
+            build=_inverse_property(_autoregressive),
             inherited=True,
         ),
         Target(

@@ -114,7 +114,7 @@ def build(case: str, dtype: torch.dtype = torch.float64) -> Any:
         elif "prior" in name:
             torch.nn.init.normal_(parameter, 0.0, 0.05)
         else:
-            torch.nn.init.normal_(parameter, 0.0, 0.4)
+            torch.nn.init.normal_(parameter, 0.0, 0.4 if parameter.dim() < 4 else 0.15)
     for module in layer.modules():
         if isinstance(module, nn.ActNorm):
             module.initialized.fill_(True)

@@ -191,9 +191,7 @@ def _check_constants(
         return offset, eps, low, high
     if scale == "clip":
         if not isinstance(clamp, tuple) or len(clamp) != 2:
-            raise TypeError(
-                f"{op}: clamp must be a pair of numbers, (lowest, highest), for scale='clip', got {clamp!r}"
-            )
+            raise TypeError(f"{op}: clamp must be a pair (lowest, highest) for scale='clip', got {clamp!r}")
         low, high = check_number(op, "clamp", low), check_number(op, "clamp", high)
         if not low <= high:
             raise ValueError(f"{op}: clamp must be (lowest, highest), got {clamp}")

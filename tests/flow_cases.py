@@ -46,6 +46,11 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "inverse": {"inverse": True},
         "add_multiply, inverse": {"order": "add_multiply", "inverse": True},
     },
+    "conv1x1": {
+        "bias": {},
+        "no bias": {"bias": None},
+        "fewer channels": {"outputs": 2},
+    },
     "dequantize_logit": {
         "u": {},
         "rng": {"noise": "rng"},
@@ -66,6 +71,12 @@ def make(op: str, variant: str | dict[str, Any], dtype: torch.dtype, shape: tupl
     batch, channels, space = shape[0], shape[1] if len(shape) > 1 else 1, shape[2:]
     if op == "actnorm":
         return {"x": normal(*shape), "log_scale": 0.5 * normal(channels), "bias": normal(channels)}, options
+    if op == "conv1x1":
+        outputs = min(options.pop("outputs", channels + 1), 2 * channels, 65)
+        inputs = {"x": normal(*shape), "weight": normal(outputs, channels), "bias": normal(outputs)}
+        if "bias" in options:
+            del inputs["bias"]
+        return inputs, options
     if op == "dequantize_logit":
         x = torch.randint(0, options.get("levels", 256), shape, generator=generator).to(dtype)
         if options.pop("noise", "u") == "rng":

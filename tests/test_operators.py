@@ -16,7 +16,7 @@ import pytest
 import torch
 from genfuse import ops
 from genfuse.ops import likelihood, sampling
-from genfuse.ops.flow import coupling, pointwise, spline
+from genfuse.ops.flow import coupling, linear, pointwise, spline
 from genfuse.ops.operator import Operator
 from operator_cases import (
     DTYPE_NAMES,
@@ -55,6 +55,7 @@ OPERATORS: dict[str, Operator] = {
     "additive_coupling": coupling._ADDITIVE,
     "actnorm": pointwise._ACTNORM,
     "dequantize_logit": pointwise._DEQUANTIZE,
+    "conv1x1": linear._CONV1X1,
 }
 # A gradient that is not the derivative, on purpose.
 STRAIGHT_THROUGH = {
@@ -75,7 +76,7 @@ RICH = {  # for each operator a variant with every input that it has
     **dict.fromkeys(SPLINE_OPS, "separate"),
     **{op: next(iter(VARIANTS[op])) for op in FLOW_OPS},
 }
-CHANNELS = ("affine_coupling", "additive_coupling", "actnorm")  # whose first input is [B, C, ...]
+CHANNELS = ("affine_coupling", "additive_coupling", "actnorm", "conv1x1")  # whose first input is [B, C, ...]
 close = torch.testing.assert_close
 
 

@@ -51,7 +51,7 @@ std::tuple<Tensor, Tensor, Tensor> conv1x1_backward(const OptionalTensor& grad_y
     Inputs<T> in(x, weight, bias);
     Conv1x1Backward<T> b;
     b.forward = in.p;
-    const bool there = grad_y.has_value() && !in.empty() && in.p.inputs > 0;
+    const bool there = grad_y.has_value() && !in.empty();
     OptionalTensor from;
     if (grad_y.has_value()) {
       STD_TORCH_CHECK(grad_y->numel() == in.p.batch * in.p.outputs * in.p.places,

@@ -51,10 +51,12 @@ GENFUSE_HD VecFloat log_reduced(VecFloat exponent, VecFloat f) {
   return exponent * 0.693145751953125f + (f + rest);
 }
 
-// x = 2^e m, 3/4 <= m < 3/2: e, and m - 1 in `f`. For positive normal x.
+// x = 2^e m, 3/4 <= m < 3/2: e, and m - 1 in `f`. For positive normal x; of others the bits wrap around, unsigned.
 GENFUSE_HD VecInt32 log_reduce(VecFloat x, VecFloat& f) {
-  const VecInt32 exponent = (as_int(x) - 0x3f400000) >> 23;
-  f = as_float(as_int(x) - (exponent << 23)) - 1.0f;
+  typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+  const Bits bits = reinterpret_cast<Bits>(x);
+  const VecInt32 exponent = reinterpret_cast<VecInt32>(bits - 0x3f400000u) >> 23;
+  f = reinterpret_cast<VecFloat>(bits - (reinterpret_cast<Bits>(exponent) << 23)) - 1.0f;
   return exponent;
 }
 

@@ -182,5 +182,7 @@ void relaxed_case(Random& random, std::string& description);
 void categorical_case(Random& random, std::string& description);
 void quantize_case(Random& random, std::string& description);
 void nll_case(Random& random, std::string& description);
+void spline_case(Random& random, std::string& description);
+void conv1x1_case(Random& random, std::string& description);
 
 }  // namespace fuzz

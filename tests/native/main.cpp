@@ -20,6 +20,8 @@ constexpr Kernel kKernels[] = {
     {"categorical", fuzz::categorical_case},
     {"quantize", fuzz::quantize_case},
     {"nll", fuzz::nll_case},
+    {"spline", fuzz::spline_case},
+    {"conv1x1", fuzz::conv1x1_case},
 };
 
 // The case that is running. A sanitizer that finds something ends the program, so it must be told what to print.

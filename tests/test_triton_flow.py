@@ -624,6 +624,8 @@ def calls(dtype: torch.dtype) -> None:
         y, log = kernels.affine_coupling(given, params, None, None, *options)
         kernels.affine_coupling_backward(y, log, given, params, None, None, *options, 7)
     kernels.additive_coupling(volume, of(8, 12, 16, 16), None, EVEN, False)
+    kernels.additive_coupling(volume, of(8, 3, 16, 16), torch.tensor([5, 0, 7]), LIST, False)
+    kernels.additive_coupling(volume, volume, torch.ones(24, 16, 16, dtype=torch.bool), MASK, False)
     numbers = of(24)
     y, log = kernels.actnorm(volume, numbers, numbers, False, False)
     kernels.actnorm_backward(y, log, volume, numbers, numbers, False, False, 7)

@@ -713,7 +713,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Every dtype on two targets and every kernel on all four, which is what a test run has time for; GENFUSE_ALL_TARGETS=1
 # compiles everything for everything.
 OWN_TARGETS = {"fp32": ["sm_80", "mi300"], "bf16": ["sm_90", "sm_100"], "fp16": ["sm_90", "mi300"]}
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
+TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.uint8: "u8",
+}
 # gfx942 has 64 KiB to a block; what it can have, all others can.
 SHARED = 64 * 1024
 

@@ -119,9 +119,7 @@ def actnorm(
         if value.device != x.device:
             raise RuntimeError(f"{op}: {name} must be on {x.device}, as x is; got {value.device}")
         if value.dim() != 1 or value.shape[0] != x.shape[1]:
-            raise RuntimeError(
-                f"{op}: {name} must be [{x.shape[1]}], a number for each channel, got {list(value.shape)}"
-            )
+            raise RuntimeError(f"{op}: {name} must be [{x.shape[1]}], one for each channel, got {list(value.shape)}")
     y, log_abs_det = _ACTNORM.run(op, x, (x, log_scale, bias, inverse, add_first))
     return y, log_abs_det
 

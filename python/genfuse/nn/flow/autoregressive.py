@@ -145,7 +145,7 @@ class MADE(torch.nn.Module):
             x = layer(x)
             if index == 0 and added is not None:
                 x = x + added
-        return x.unflatten(-1, (self.features, self.outputs))
+        return x.view(*x.shape[:-1], self.features, self.outputs)
 
 
 class _Autoregressive(Transform):
@@ -163,8 +163,8 @@ class _Autoregressive(Transform):
     def _solve(self, z: Tensor, context: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
         """`ops.autoregressive_inverse` of the network."""
         net, dtype = self.net, z.dtype
-        added = net.contexts(context)
-        last = len(net.layers) - 1
+        added, last = net.contexts(context), len(net.layers) - 1
+        own: list[Any] = list(net.layers)
         layers = [
             ops.MaskedLayer(
                 layer.weight.to(dtype),
@@ -173,7 +173,7 @@ class _Autoregressive(Transform):
                 activation=net.activation if index else "none",
                 add=added.to(dtype) if index == 0 and added is not None else None,
             )
-            for index, layer in enumerate(net.layers)
+            for index, layer in enumerate(own)
         ]
         return ops.autoregressive_inverse(z, layers, **options)
 

@@ -116,7 +116,8 @@ class Flow(Transform):
 
     def append(self, transform: torch.nn.Module) -> Flow:
         """Put a transform at the noise's end."""
-        if not isinstance(transform, torch.nn.Module) or not callable(getattr(transform, "inverse", None)):
+        given: object = transform
+        if not isinstance(given, torch.nn.Module) or not callable(getattr(given, "inverse", None)):
             raise TypeError(f"Flow: transforms must be Modules with an inverse, got {type(transform).__name__}")
         self.add_module(str(len(self._modules)), transform)
         return self

@@ -18,7 +18,7 @@ from .linear import ActNorm, InvertibleConv2d, at_least_float32, check_channels,
 
 __all__ = ["AdditiveCoupling", "AffineCoupling", "GlowStep", "SplineCoupling", "checkerboard_mask"]
 
-Split = str | Tensor
+Chosen = str | Tensor | Sequence[int]
 Network = torch.nn.Module | Callable[[int, int], torch.nn.Module]
 
 
@@ -73,7 +73,7 @@ class _Coupling(Transform):
         features: int,
         net: Network | None,
         hidden: Sequence[int],
-        split: Split,
+        split: Chosen,
         context_features: int | None,
         activation: str,
         each: int,
@@ -125,10 +125,11 @@ class _Coupling(Transform):
                 zero_init=zero_init,
             )
         elif not isinstance(net, torch.nn.Module):
-            if not callable(net):
+            make: Any = net
+            if not callable(make):
                 raise TypeError(f"{self.name}: net must be a Module or make one, got {type(net).__name__}")
-            net = net(self.seen, outputs)
-        self.net = net
+            net = make(self.seen, outputs)
+        self.net: Any = net
 
     def extra_repr(self) -> str:
         return f"{self.features}, split={self.split!r}"
@@ -157,7 +158,8 @@ class _Coupling(Transform):
             return found
         if context is None:
             raise ValueError(f"{self.name}: context must be [B, {self.context_features}], got None")
-        return self.net(seen, context)
+        given: Tensor = self.net(seen, context)
+        return given
 
     def _given(self, x: Tensor, context: Tensor | None, argument: str) -> Tensor:
         check_channels(self.name, x, self.features, argument)
@@ -203,7 +205,7 @@ class AffineCoupling(_Coupling):
         net: Network | None = None,
         *,
         hidden: Sequence[int] = (128, 128),
-        split: Split = "second",
+        split: Chosen = "second",
         scale: str = "tanh",
         layout: str = "shift_scale",
         order: str = "multiply_add",
@@ -263,7 +265,7 @@ class AdditiveCoupling(_Coupling):
         net: Network | None = None,
         *,
         hidden: Sequence[int] = (128, 128),
-        split: Split = "second",
+        split: Chosen = "second",
         context_features: int | None = None,
         activation: str = "relu",
         zero_init: bool = True,
@@ -392,7 +394,7 @@ class SplineCoupling(_Coupling):
         tails: str | None = "linear",
         kind: str = "rational_quadratic",
         hidden: Sequence[int] = (128, 128),
-        split: Split = "second",
+        split: Chosen = "second",
         context_features: int | None = None,
         activation: str = "relu",
         zero_init: bool = False,
@@ -418,7 +420,8 @@ class SplineCoupling(_Coupling):
         check_channels(self.name, x, self.features, argument)
         if self.split in ("first", "second"):
             # One operator for both halves, whose gradients come back as one.
-            first, second = x.split((self.transformed, self.seen)[:: 1 if self.split == "first" else -1], 1)
+            sizes = (self.transformed, self.seen) if self.split == "first" else (self.seen, self.transformed)
+            first, second = torch.split_with_sizes(x, sizes, 1)
             bent, seen = (first, second) if self.split == "first" else (second, first)
         else:
             seen, bent = self._seen(x), x
@@ -495,7 +498,7 @@ class GlowStep(Transform):
         lu: bool = True,
         additive: bool = False,
         scale: str = "sigmoid",
-        split: Split = "second",
+        split: Chosen = "second",
         order: str = "add_multiply",
         context_features: int | None = None,
     ) -> None:

@@ -117,7 +117,7 @@ class Split(torch.nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``(kept, z, log_abs_det [B])`` of x ``[B, C, H, W]``."""
         check_channels("Split", x, self.channels)
-        kept, rest = x.split((self.kept, self.factored), 1)
+        kept, rest = torch.split_with_sizes(x, (self.kept, self.factored), 1)
         z, log_abs_det = self._whiten(kept, rest, False)
         return kept, z, log_abs_det
 
@@ -188,10 +188,13 @@ class MultiScale(Transform):
         if z.dim() != 2 or z.size(1) != self.features:
             raise ValueError(f"MultiScale: z must be [B, {self.features}], got {list(z.shape)}")
         parts = [
-            part.unflatten(1, shape)
-            for part, shape in zip(z.split([math.prod(shape) for shape in self.shapes], 1), self.shapes, strict=True)
+            part.view(part.size(0), *shape)
+            for part, shape in zip(
+                torch.split_with_sizes(z, [math.prod(shape) for shape in self.shapes], 1), self.shapes, strict=True
+            )
         ]
-        x, total = parts[-1], None
+        x = parts[-1]
+        total: Any = None
         for index in reversed(range(len(self.levels))):
             if index < len(self.splits):
                 x, log_abs_det = self.splits[index].inverse(x, parts[index])  # type: ignore[operator]

@@ -186,7 +186,8 @@ class _Matrix(Transform):
             return at_least_float32(self.weight)
         lower, upper, log_s = (at_least_float32(part) for part in (self.lower, self.upper, self.log_s))
         upper = upper.triu(1) + torch.diag_embed(self.sign.to(log_s.dtype) * log_s.exp())
-        return torch.addmm(upper, lower.tril(-1), upper).index_select(0, self.permutation)
+        weight: Tensor = torch.addmm(upper, lower.tril(-1), upper).index_select(0, self.permutation)
+        return weight
 
     def _matrix(self) -> Tensor:
         weight: Tensor = self._assembled.get(self._sources(), self._assemble_exactly)
@@ -201,7 +202,8 @@ class _Matrix(Transform):
 
         def compute() -> Tensor:
             weight = self._assemble_exactly()
-            return torch.linalg.inv(weight.double()).to(weight.dtype)
+            found: Tensor = torch.linalg.inv(weight.double()).to(weight.dtype)
+            return found
 
         inverse: Tensor = self._inverted.get(self._sources(), compute)
         return inverse
@@ -211,7 +213,8 @@ class _Matrix(Transform):
         if self.lu:
             return at_least_float32(self.log_s).sum()
         weight = at_least_float32(self.weight)
-        return torch.linalg.slogdet(weight.double())[1].to(weight.dtype)
+        log_det: Tensor = torch.linalg.slogdet(weight.double())[1].to(weight.dtype)
+        return log_det
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -184,5 +184,7 @@ void quantize_case(Random& random, std::string& description);
 void nll_case(Random& random, std::string& description);
 void spline_case(Random& random, std::string& description);
 void conv1x1_case(Random& random, std::string& description);
+void masked_linear_case(Random& random, std::string& description);
+void autoregressive_case(Random& random, std::string& description);
 
 }  // namespace fuzz

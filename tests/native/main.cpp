@@ -22,6 +22,8 @@ constexpr Kernel kKernels[] = {
     {"nll", fuzz::nll_case},
     {"spline", fuzz::spline_case},
     {"conv1x1", fuzz::conv1x1_case},
+    {"masked_linear", fuzz::masked_linear_case},
+    {"autoregressive", fuzz::autoregressive_case},
 };
 
 // The case that is running. A sanitizer that finds something ends the program, so it must be told what to print.

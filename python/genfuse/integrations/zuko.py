@@ -8,6 +8,7 @@ at once. Ours keeps them as they are, for the operator to normalise, and compute
 from __future__ import annotations
 
 import copyreg
+import gc
 import importlib
 import weakref
 from collections.abc import Callable, Sequence
@@ -49,7 +50,9 @@ class _Attribute:
         self.complete = complete
 
     def __get__(self, instance: Any, owner: type) -> Any:
-        if instance is None or _RAW not in vars(instance):
+        if instance is None:
+            return self
+        if _RAW not in vars(instance):
             raise AttributeError(f"{owner.__name__!r} object has no attribute {self.name!r}")
         self.complete(instance)
         return vars(instance)[self.name]
@@ -199,10 +202,8 @@ def _affine_call_and_ladj(self: Any, x: Tensor) -> Pair | str:
 class Inverse(_InverseTransform):
     """An inverse that gives its log-determinant with its value; the peer's computes the forward map again for it."""
 
-    def __init__(self, transform: Any, tally: Tally, attempt: Callable[[Any, Tensor], Pair | str]) -> None:
-        super().__init__(transform)
-        self._tally = tally
-        self._attempt = attempt
+    _tally: Tally
+    _attempt: Callable[[Any, Tensor], Pair | str]
 
     def call_and_ladj(self, y: Tensor) -> Pair:
         base: Any = self._inv
@@ -221,10 +222,10 @@ def _inverse_property(attempt: Callable[[Any, Tensor], Pair | str]) -> Callable[
         def inv(self: Any) -> Any:
             if not tally.active:
                 return original.__get__(self)
-            found = self._inv() if self._inv is not None else None
-            if found is None:
-                found = Inverse(self, tally, attempt)
-                self._inv = weakref.ref(found)
+            found: Any = original.__get__(self)
+            if type(found) is _InverseTransform:  # torch has made it and keeps it, how depends on its version
+                found.__class__ = Inverse
+                vars(found).update(_tally=tally, _attempt=attempt)
             return found
 
         return property(inv)
@@ -408,9 +409,12 @@ class _Faster(type):
     """The type of a class whose methods are ours; it is pickled as the peer's."""
 
 
-def _peers_class(name: str) -> type:
-    found: type = getattr(importlib.import_module(_MODULE), name)
-    return found
+def _peers(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(module), name)
+
+
+def _peers_class(name: str) -> Any:
+    return _peers(_MODULE, name)
 
 
 def _reduced(cls: _Faster) -> Any:
@@ -418,6 +422,22 @@ def _reduced(cls: _Faster) -> Any:
 
 
 copyreg.pickle(_Faster, _reduced)
+
+
+class _FasterFunction:
+    """A function of the peer's that makes our transformations; it is pickled as the peer's."""
+
+    def __init__(self, function: FunctionType) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    def __deepcopy__(self, memo: object) -> _FasterFunction:
+        return self
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        return _peers, (self.function.__module__, self.function.__name__)
 
 
 def _faster(name: str, tally_of: Callable[[str], Tally]) -> type:
@@ -446,7 +466,7 @@ def _faster_univariate(given: Any, tally_of: Callable[[str], Tally]) -> Any:
         "zuko.flows.spline",
         "CircularRQSTransform",
     ):
-        return rebound(given, {_SPLINE: _faster(_SPLINE, tally_of)})
+        return _FasterFunction(rebound(given, {_SPLINE: _faster(_SPLINE, tally_of)}))
     return None
 
 
@@ -479,6 +499,7 @@ def _accelerate(module: torch.nn.Module, tally_of: Callable[[str], Tally]) -> li
 
 def _complete_all() -> None:
     """Give every transformation that outlives the patch what the peer's own code needs."""
+    gc.collect()  # a transformation and its inverse may hold each other
     for instance in list(_LAZY.values()):
         names = _SPLINE_NAMES if type(instance).__name__ == _SPLINE else _AFFINE_NAMES
         for name in names:

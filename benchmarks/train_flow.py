@@ -271,7 +271,7 @@ def race_images(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, 
 def race_points(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Contestant], FlowData]:
     data = FlowData(load_table("moons"), None, 0)
     assert data.standardization is not None
-    settings = NSFSettings()
+    settings = NSFSettings(linear="none")  # as the peer's chain below, whose halves are exchanged instead
     contestants = of_genfuse("NeuralSplineFlow", settings.model_arguments(data.shape, 0), 1.0, options.seed)
     contestants["nflows"] = nflows_spline(settings, options.seed)
     offset = data.log_volume
@@ -281,8 +281,8 @@ def race_points(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, 
         data.test,
         options,
         options.points_steps,
-        256,
-        options.learning_rate,
+        settings.batch_size,
+        settings.learning_rate,
         lambda loss: f"{loss + offset:.4f} nats",
     )
     run = {
@@ -292,8 +292,8 @@ def race_points(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, 
         "flows": settings.flows,
         "bins": settings.bins,
         "hidden": list(settings.hidden),
-        "batch_size": 256,
-        "learning_rate": options.learning_rate,
+        "batch_size": settings.batch_size,
+        "learning_rate": settings.learning_rate,
         "seed": options.seed,
     }
     return {**run, **figures(contestants, data.test, offset, 1.0, "nats")}, contestants, data
@@ -369,7 +369,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=8, help="steps of flow in each level")
     parser.add_argument("--hidden", type=int, default=64, help="channels of a coupling's network")
     parser.add_argument("--batch-size", type=int, default=64, help="of images")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="on images")
     parser.add_argument("--items", type=int, default=1000, help="test images that the curve is measured on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", action="store_true", help="update benchmarks/results")

@@ -20,7 +20,7 @@ pytest.importorskip("lightning")
 pytest.importorskip("matplotlib")
 pytest.importorskip("typer")
 
-from genfuse.train import Stopped, UserError, cli
+from genfuse.train import Stopped, UserError, cli, flow_run
 from genfuse.train.checkpoint import SavedFlow, load_any, load_flow, load_image_model
 from genfuse.train.flow_module import FlowData, FlowModule
 from genfuse.train.flow_run import JOBS, bits_per_dim, evaluate_flow, round_trip, sample_flow, score_flow, train_flow
@@ -84,6 +84,12 @@ def whole(files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> C
         return made[kind]
 
     return run
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than these models train."""
+    monkeypatch.setattr(flow_run, "draw_pictures", lambda *arguments: [])
 
 
 def train(
@@ -373,6 +379,10 @@ def test_stopped_and_resumed(
             os.kill(os.getpid(), signal.SIGINT)
         return original(self, batch, batch_idx)
 
+    draws = at == 13 and kind in ("nsf", "glow")
+    whole(kind)
+    if not draws:
+        monkeypatch.setattr(flow_run, "draw_pictures", lambda *arguments: [])
     with monkeypatch.context() as patch:
         patch.setattr(FlowModule, "training_step", training_step)
         with pytest.raises(Stopped) as stop:
@@ -395,14 +405,17 @@ def test_stopped_and_resumed(
     assert {k: v for k, v in figures[0].items() if k not in timed} == {
         k: v for k, v in figures[1].items() if k not in timed
     }
-    for picture in pictures(kind):
+    for picture in pictures(kind) if draws else ():
         assert (whole(kind) / picture).read_bytes() == (tmp_path / picture).read_bytes(), picture
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_twin_trains_alike(kind: str, whole: Callable[[str], Path], files: dict[str, Path], tmp_path: Path) -> None:
+def test_the_twin_trains_alike(
+    kind: str, whole: Callable[[str], Path], files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same weights at the beginning, batches and noise: the first loss agrees to rounding, the rest nearly."""
-    pytest.importorskip("genfuse.reference.flow.models")
+    whole(kind)
+    monkeypatch.setattr(flow_run, "draw_pictures", lambda *arguments: [])
     train(kind, files, tmp_path, implementation="torch")
     ours, twins = history(whole(kind))["train"], history(tmp_path)["train"]
     for (step, loss), (_, twin) in zip(ours, twins, strict=True):
@@ -564,6 +577,7 @@ def test_tables_of_one_and_two_columns(tmp_path: Path) -> None:
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_images_of_the_datas_own_test_set_and_levels(tmp_path: Path) -> None:
     data = tmp_path / "bits.npz"
     images = np.random.default_rng(1).integers(0, 2, (70, 4, 4), dtype=np.uint8)
@@ -578,7 +592,11 @@ def test_images_of_the_datas_own_test_set_and_levels(tmp_path: Path) -> None:
     assert load_flow(tmp_path / "run").model.dequantize.levels == 2
 
 
-def test_reversible_and_more_epochs(files: dict[str, Path], whole: Callable[[str], Path], tmp_path: Path) -> None:
+def test_reversible_and_more_epochs(
+    files: dict[str, Path], whole: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole("glow")
+    monkeypatch.setattr(flow_run, "draw_pictures", lambda *arguments: [])
     train("glow", files, tmp_path / "a", reversible=True)
     left, right = results(whole("glow")), results(tmp_path / "a")
     assert right["bits_per_dim"] == pytest.approx(left["bits_per_dim"], rel=1e-3)
@@ -593,6 +611,7 @@ def test_reversible_and_more_epochs(files: dict[str, Path], whole: Callable[[str
     assert any("nothing to resume" in line for line in lines)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_column_that_is_not_continuous_gets_a_warning(tmp_path: Path) -> None:
     data = tmp_path / "rows.csv"
     random = np.random.default_rng(1)

@@ -65,6 +65,8 @@ struct Inputs {
     STD_TORCH_CHECK(o.kind >= 0 && o.kind <= 3 && o.normalizer >= 0 && o.normalizer <= 3 && o.ends >= 0 && o.ends <= 2,
                     "kind, normalizer and ends must be those of genfuse.ops, got ", o.kind, ", ", o.normalizer, ", ",
                     o.ends);
+    STD_TORCH_CHECK(o.kind == 0 || o.normalizer == 0,
+                    "normalizer must be softmax for kinds but rational quadratic, got ", o.normalizer);
     STD_TORCH_CHECK(o.bins >= 1 && o.bins <= kSplineMaxBins, "bins must be between 1 and ", kSplineMaxBins, ", got ",
                     o.bins);
     auto& options = p.options;

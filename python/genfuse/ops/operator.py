@@ -311,14 +311,16 @@ class Operator:
         *,
         triton: bool = True,
         integers: tuple[torch.dtype, ...] = (),
+        native: Callable[[backends.Arguments], str | None] | None = None,
     ) -> None:
         """Enter a public function that this operator serves into the registry of backends; `integers` are the dtypes
-        of its subject besides floating ones.
+        of its subject besides floating ones, and `native` says why the native library cannot serve a call, where that
+        is more than its not being there.
         """
         name, half = function.__name__, (torch.float32, torch.bfloat16, torch.float16, *integers)
         every = (*backends.FLOATS, *integers)
         backends.register_op(name, function, subject)
-        backends.register(backends.Kernel(name, "native", ("cpu",), every, objection=native_objection))
+        backends.register(backends.Kernel(name, "native", ("cpu",), every, objection=native or native_objection))
         if triton:
             backends.register(
                 backends.Kernel(name, "triton", ("cuda",), half, proven=False, objection=self.triton_objection)

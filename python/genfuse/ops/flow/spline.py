@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genfuse.ops.operator import Operator, can_look_at, on_cpu, under_autocast
+from genfuse import backends
+from genfuse.ops.operator import Operator, can_look_at, native_objection, on_cpu, under_autocast
 from genfuse.ops.sampling import check_tensor
 from genfuse.reference.flow import spline as reference
 
@@ -117,8 +118,9 @@ def _rational_bins(op: str, packed: int, tails: str | None) -> tuple[int, int]:
 def _interval(
     op: str, tails: str | None, tail_bound: float, sides: tuple[float | None, ...]
 ) -> tuple[float, float, float, float]:
-    if tails not in ("linear", "circular", None):
-        raise ValueError(f"{op}: tails must be 'linear', 'circular' or None, got {tails!r}")
+    known = ("linear", "circular") if op == "rational_quadratic_spline" else ("linear",)
+    if tails is not None and tails not in known:
+        raise ValueError(f"{op}: tails must be {', '.join(map(repr, known))} or None, got {tails!r}")
     if all(side is None for side in sides):
         if not tail_bound > 0:
             raise ValueError(f"{op}: tail_bound must be above 0, got {tail_bound}")
@@ -158,6 +160,8 @@ def _dims(op: str, reduce_dims: int | Sequence[int] | None, dim: int) -> tuple[i
     """batch_dims for the operator, and the dimensions that are summed after it."""
     if reduce_dims is None:
         return dim, ()
+    if not isinstance(reduce_dims, (int, Sequence)):
+        raise TypeError(f"{op}: reduce_dims must be integers or None, got {type(reduce_dims).__name__}")
     wanted = (reduce_dims,) if isinstance(reduce_dims, int) else tuple(reduce_dims)
     for one in wanted:
         if isinstance(one, bool) or not isinstance(one, int):
@@ -225,6 +229,8 @@ def _run(
         batch_dims,
     )
     if bins > _MAX_BINS:
+        if (forced := backends.forced()) is not None:
+            backends.can_run(op, forced, {"x": x, "bins": bins}, raise_error=True)
         y, log_abs_det = _SPLINE.run_reference(arguments)
     else:
         y, log_abs_det = _SPLINE.run(op, x, arguments)
@@ -719,7 +725,25 @@ def piecewise_rational_quadratic_transform(
     )
 
 
+def _bins_of(arguments: backends.Arguments) -> int:
+    """The bins of a call, by the operator's arguments or a public function's."""
+    if "bins" in arguments:
+        return int(arguments["bins"])
+    if "pdf" in arguments:
+        return int(arguments["pdf"].shape[-1])
+    packed, separate = int(arguments["widths"].shape[-1]), arguments.get("heights") is not None
+    parts = 1 if separate else 3 if "normalizer" in arguments else 2  # more or less: the ends may have one each
+    return packed // parts
+
+
+def _objection(arguments: backends.Arguments) -> str | None:
+    """Why the native library cannot serve a call."""
+    if (bins := _bins_of(arguments)) > _MAX_BINS:
+        return f"{bins} bins; it takes at most {_MAX_BINS}"
+    return native_objection(arguments)
+
+
 for _function in (rational_quadratic_spline, linear_spline, quadratic_spline, cubic_spline):
-    _SPLINE.enter(_function, "x", triton=_function is rational_quadratic_spline)
+    _SPLINE.enter(_function, "x", triton=_function is rational_quadratic_spline, native=_objection)
 if on_cpu:
     _SPLINE.register()

@@ -40,7 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "affine": {"layers": FEED_FORWARD},
     "nflows": {"layers": RESIDUAL, "scale": "softplus", "layout": "scale_shift"},
     "zuko": {"layers": _with("elu"), "scale": "softclip", "degrees": (3, 1, 2, 5, 4)},
-    "pyro": {"layers": SKIP, "scale": "clip", "interleaved": False, "degrees": (2, 5, 1, 4, 3)},
+    "pyro": {"layers": SKIP, "scale": "clip", "interleaved": False, "degrees": (2, 5, 1, 4, 3), "std": 0.5},
     "normflows": {"layers": RESIDUAL, "scale": "sigmoid", "eps": 1e-3, "layout": "scale_shift"},
     "sigmoid": {"layers": _with("tanh"), "scale": "sigmoid"},
     "inverse sigmoid": {"layers": _with("silu"), "scale": "inverse_sigmoid"},
@@ -147,6 +147,7 @@ def make(
     low, high = options.pop("range", (0, max(of_columns, default=1)))
     each = {"affine": 2, "additive": 1}.get(options.get("transform", "affine"), 3 * options.get("num_bins", 8) - 1)
     inputs = {"u": normal(batch, columns)}
+    std = options.pop("std", 1.0)  # of the weights, as a multiple of what keeps numbers as large as they are
     skeleton: list[dict[str, Any]] = []
     sizes = [columns]
     for index, layer in enumerate(options.pop("layers")):
@@ -154,7 +155,7 @@ def make(
         own = columns * each if last or layer["units"] == "parameters" else layer["units"] if units is None else units
         source = layer.get("source", index - 1)
         count = max(sizes[source + 1], 1)
-        inputs[f"weight {index}"] = normal(own, sizes[source + 1], std=(0.4 if last else 1.2) / count**0.5)
+        inputs[f"weight {index}"] = normal(own, sizes[source + 1], std=std * (0.4 if last else 1.2) / count**0.5)
         if layer.get("bias", True):
             inputs[f"bias {index}"] = normal(own, std=0.5)
         if layer.get("add"):

@@ -19,6 +19,7 @@ from genfuse.ops import MaskedLayer
 from genfuse.ops.flow import autoregressive as module
 from genfuse.reference.flow import autoregressive as reference
 from operator_cases import DTYPE_NAMES, DTYPES, Problem, check
+from tolerances import assert_as_accurate, eager_runs
 from torch import Tensor
 from torch import library as registry
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -92,6 +93,9 @@ def test_nothing(batch: int, columns: int, units: int) -> None:
     """No rows, no columns, no units."""
     for op, variant in ((LINEAR, {}), (INVERSE, {"layers": RESIDUAL})):
         problem = make(op, variant, batch=batch, columns=columns, units=units)
+        if columns == 0 and op == INVERSE:  # nothing depends on anything
+            close(problem.results(), problem.results("reference"))
+            continue
         cotangents = problem.cotangents()
         for ours, theirs in zip(problem.run(cotangents), problem.run(cotangents, "reference"), strict=True):
             assert ours.shape == theirs.shape
@@ -297,28 +301,39 @@ def layers_of_made(made: Any, context: Tensor | None) -> list[MaskedLayer]:
     return [*layers, MaskedLayer(final.weight, final.bias, activation=last)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("context", [None, 3])
 @pytest.mark.parametrize("residual", [True, False])
-def test_nflows(residual: bool, context: int | None, dtype: torch.dtype) -> None:
+def test_nflows(residual: bool, context: int | None) -> None:
     transforms = pytest.importorskip("nflows.transforms")
     torch.manual_seed(1)
     peer = transforms.MaskedAffineAutoregressiveTransform(
         features=7, hidden_features=32, context_features=context, use_residual_blocks=residual
-    ).to(dtype)
+    ).double()
     randomise(peer)
-    u = torch.randn(11, 7, dtype=dtype, requires_grad=True)
-    given = None if context is None else torch.randn(11, context, dtype=dtype, requires_grad=True)
+    u = torch.randn(11, 7, dtype=torch.float64, requires_grad=True)
+    given = None if context is None else torch.randn(11, context, dtype=torch.float64, requires_grad=True)
     layers = layers_of_made(peer.autoregressive_net, given)
-    options: dict[str, Any] = {"scale": "softplus", "layout": "scale_shift"}
-    ours, theirs = ops.autoregressive_inverse(u, layers, **options), peer.inverse(u, given)
+    ours, theirs = ops.autoregressive_inverse(u, layers, scale="softplus", layout="scale_shift"), peer.inverse(u, given)
     inputs = [u, *([] if given is None else [given]), *peer.parameters()]
     cotangents = [torch.randn_like(one) for one in theirs]
-    gradients = [torch.autograd.grad(found, inputs, cotangents) for found in (ours, theirs)]
-    tolerance = {"rtol": 1e-3, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-9, "atol": 1e-9}
-    close(ours, theirs, **tolerance)
-    close(*gradients, **tolerance)
-    close(peer(ours[0], given)[0], u, **tolerance)
+    close(ours, theirs)
+    close(*(torch.autograd.grad(found, inputs, cotangents) for found in (ours, theirs)))
+    close(peer(ours[0], given)[0], u)
+
+
+def test_nflows_in_float32() -> None:
+    """As it comes from its constructor: no further from float64 than it is itself."""
+    transforms = pytest.importorskip("nflows.transforms")
+    torch.manual_seed(7)
+    peer = transforms.MaskedAffineAutoregressiveTransform(features=16, hidden_features=64)
+    u = torch.randn(65, 16)
+    with torch.no_grad():
+        layers = layers_of_made(peer.autoregressive_net, None)
+        ours = ops.autoregressive_inverse(u, layers, scale="softplus", layout="scale_shift")
+        theirs = eager_runs(lambda nudge: peer.inverse(nudge(u)))
+        exact = peer.double().inverse(u.double())
+    for one, runs, truth in zip(ours, theirs, exact, strict=True):
+        assert_as_accurate(one, runs, truth)
 
 
 def test_nflows_with_random_masks() -> None:
@@ -342,9 +357,7 @@ def test_nflows_spline() -> None:
     randomise(peer)
     u = 2.0 * torch.randn(9, 6, dtype=torch.float64)
     layers = layers_of_made(peer.autoregressive_net, None)
-    found = ops.autoregressive_inverse(
-        u, layers, transform="rational_quadratic", num_bins=5, tail_bound=2.5
-    )
+    found = ops.autoregressive_inverse(u, layers, transform="rational_quadratic", num_bins=5, tail_bound=2.5)
     close(found, peer.inverse(u))
 
 
@@ -390,6 +403,15 @@ def test_zuko(context: int, passes: int | None) -> None:
     close(found, (expected, ladj))
 
 
+@pytest.fixture
+def in_float64() -> Iterator[None]:
+    """Pyro makes tensors of the default dtype."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize("skip", [False, True])
 def test_pyro(skip: bool) -> None:
     pytest.importorskip("pyro")
@@ -600,7 +622,8 @@ def test_compiles_once_for_all_batch_sizes() -> None:
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
     for batch in (3, 5, 17):
         close(outcome(compiled, model, batch), outcome(model, model, batch))
-    assert counter.frame_count == 1
+    # Where Dynamo starts anew, it leaves an empty graph, too.
+    assert sum(any(node.op == "call_function" for node in one.graph.nodes) for one in counter.graphs) == 1
 
 
 def test_exports_with_a_dynamic_batch() -> None:
@@ -698,10 +721,11 @@ def test_nan_in_gives_nan_out_in_its_own_row_alone(variant: str) -> None:
     problem.inputs["u"] = u
     found = problem.run(cotangents)
     rows = torch.arange(6) != 1
-    for index in range(3):
+    for index in range(len(cotangents) + 1):  # the results and the gradient of u
         assert torch.equal(found[index][rows], expected[index][rows])
     assert bool(found[0][1, 2].isnan())
-    assert bool(found[1][1].isnan()) == (variant != "additive")  # whose determinant is 1 whatever comes
+    if variant not in ("additive", "one group", "any degrees"):  # whose other columns do not see this one
+        assert bool(found[1][1].isnan())
     before = degrees < degrees[2]
     assert torch.equal(found[0][1, before], expected[0][1, before])
 

@@ -577,17 +577,21 @@ def test_actnorm_reads_nothing_from_the_device_once_it_has_begun() -> None:
     layer(torch.randn(5, 3))
 
 
-def test_actnorm_starts_under_compile() -> None:
+@pytest.mark.parametrize("before", [True, False])
+def test_actnorm_starts_under_compile(before: bool) -> None:
     """Whether it has begun is a guard, so the first batch has a graph of its own."""
     torch._dynamo.reset()
     layer, eager, x = nn.ActNorm(3), nn.ActNorm(3), 5.0 + 3.0 * torch.randn(30, 3)
     eager(x)
-    layer(x)
+    if before:
+        layer(x)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
     for _ in range(3):
         torch.testing.assert_close(compiled(x)[0], eager(x)[0])
-    assert counter.frame_count == 1
+    assert layer._ready
+    assert layer.initialized
+    assert counter.frame_count == (1 if before else 2)
 
 
 def _first_batches(rank: int, folder: str) -> None:

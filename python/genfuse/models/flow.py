@@ -616,6 +616,8 @@ class NeuralSplineFlow(FlowModel):
 
 
 class _AffineAutoregressive(FlowModel):
+    normalised: bool  # whether there are actnorms by default
+
     def __init__(
         self,
         features: int,
@@ -624,13 +626,14 @@ class _AffineAutoregressive(FlowModel):
         hidden: Sequence[int] = (128, 128),
         activation: str = "relu",
         scale: str = "sigmoid",
-        actnorm: bool = False,
+        actnorm: bool | None = None,
         context_features: int | None = None,
         base: Base = "standard",
         reversible: bool = False,
     ) -> None:
         name = type(self).__name__
         features, transforms = _size(name, "features", features), _size(name, "transforms", transforms)
+        actnorm = self.normalised if actnorm is None else bool(actnorm)
         steps: list[nn.Transform] = []
         for index in range(transforms):
             if actnorm:
@@ -650,7 +653,7 @@ class _AffineAutoregressive(FlowModel):
             "hidden": list(hidden),
             "activation": activation,
             "scale": scale,
-            "actnorm": bool(actnorm),
+            "actnorm": actnorm,
             "context_features": context_features,
             "base": base,
             "reversible": bool(reversible),
@@ -672,7 +675,7 @@ class MAF(_AffineAutoregressive):
         transforms: layers.
         hidden: units of each layer's `genfuse.nn.MADE`.
         activation, scale: as for `genfuse.nn.MaskedAffineAutoregressive`.
-        actnorm: one before each layer, in the place of the paper's batch normalisation.
+        actnorm: one before each layer, in the place of the paper's batch normalisation; by default there is one.
         context_features: F of the context, if there is one.
         base: ``"standard"``, ``"diagonal"`` (learnt), or a `genfuse.distributions.BaseDistribution` (a
             `GaussianMixture` makes it the paper's MAF MoG, nearly).
@@ -691,6 +694,8 @@ class MAF(_AffineAutoregressive):
         (torch.Size([5]), torch.Size([7, 3]))
     """
 
+    normalised = True
+
     @staticmethod
     def _directed(layer: nn.MaskedAffineAutoregressive) -> nn.Transform:
         return layer
@@ -701,7 +706,8 @@ class IAF(_AffineAutoregressive):
 
     Kingma et al. 2016 (arXiv 1606.04934). `rsample_and_log_prob` is the fast way round, as a variational posterior
     needs it; the density of given points finds the features one after the other, in one operator for each layer. The
-    arguments are those of `MAF`. `genfuse.reference.flow.models.IAF` is its twin.
+    arguments are those of `MAF`, but there are no actnorms by default: trained by its samples it would meet its first
+    batch of data, which sets them, when it has learnt already. `genfuse.reference.flow.models.IAF` is its twin.
 
     Example:
         >>> model = IAF(3, hidden=(32,), transforms=2)
@@ -709,6 +715,8 @@ class IAF(_AffineAutoregressive):
         >>> bool((model.log_prob(x) - log_prob).abs().max() < 1e-3)
         True
     """
+
+    normalised = False
 
     @staticmethod
     def _directed(layer: nn.MaskedAffineAutoregressive) -> nn.Transform:

@@ -38,7 +38,8 @@ class ActNorm(Transform):
     nothing is set; until then both are the identity. With several processes (`torch.distributed`) the batch is that of
     all of them, and all have the same parameters. A channel that is constant gets the scale 1 / 1e-6.
 
-    Initialise before `torch.compile`, by one call in training mode: the compiled forward then has nothing to decide.
+    Under `torch.compile` the first batch has a graph of its own, without a break. Give it to the layer before compiling
+    and there is one graph only.
 
     Args:
         num_features: channels C of x ``[B, C, *]``.

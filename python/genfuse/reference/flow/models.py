@@ -778,6 +778,8 @@ class MAF(_FlowModel):
         (torch.Size([2]), torch.Size([3, 3]))
     """
 
+    normalised = True  # whether there are actnorms by default
+
     def __init__(
         self,
         features: int,
@@ -786,13 +788,13 @@ class MAF(_FlowModel):
         hidden: Sequence[int] = (128, 128),
         activation: str = "relu",
         scale: str = "sigmoid",
-        actnorm: bool = False,
+        actnorm: bool | None = None,
         context_features: int | None = None,
         base: str = "standard",
     ) -> None:
         steps: list[torch.nn.Module] = []
         for index in range(transforms):
-            steps += [_ActNorm(features)] if actnorm else []
+            steps += [_ActNorm(features)] if (self.normalised if actnorm is None else actnorm) else []
             steps.append(self.directed(_AffineAutoregressive(features, hidden, context_features, activation, scale)))
             if index < transforms - 1:
                 steps.append(_Permutation(torch.arange(features).flip(0)))
@@ -811,6 +813,8 @@ class IAF(MAF):
         >>> model.log_prob(torch.randn(2, 3)).shape, model.sample(3).shape
         (torch.Size([2]), torch.Size([3, 3]))
     """
+
+    normalised = False
 
     @staticmethod
     def directed(layer: torch.nn.Module) -> torch.nn.Module:

@@ -50,7 +50,7 @@ def _figure(columns: float, rows: float) -> Figure:
 def _scatter(axes: Any, rows: Rows, colour: str) -> None:
     rows = rows[:MOST_POINTS]
     # About as much ink however many points there are.
-    size, alpha = (3.0, 0.35) if len(rows) > 1000 else (7.0, 0.6)
+    size, alpha = (3.0, 0.4) if len(rows) > 1000 else (8.0, 0.6) if len(rows) > 100 else (16.0, 0.8)
     axes.scatter(rows[:, 0], rows[:, 1], s=size, alpha=alpha, color=colour, linewidths=0)
 
 
@@ -76,7 +76,7 @@ def draw_points(path: Path, data: Rows | None, samples: Rows, names: Sequence[st
     number = len(samples) if data is None else min(len(data), len(samples))
     parts = [("samples", samples[:number], MODEL)]
     if data is not None:
-        parts.insert(0, ("test data", data[:number], DATA))
+        parts.insert(0, ("data", data[:number], DATA))
     limits = window(parts[0][1][:, :2])
     if samples.shape[1] == 1:
         figure = _figure(6.0, 4.0)
@@ -95,7 +95,8 @@ def draw_points(path: Path, data: Rows | None, samples: Rows, names: Sequence[st
 
 
 def _histograms(axes: Any, parts: Sequence[tuple[str, Rows, str]], limits: tuple[float, float]) -> None:
-    edges = np.linspace(*limits, 60)
+    # About twenty points in a bin.
+    edges = np.linspace(*limits, 1 + min(60, max(10, max(len(values) for _, values, _ in parts) // 20)))
     for label, values, colour in parts:
         # Of all points, so that what lies outside of the picture is not spread over what lies in it.
         heights = np.histogram(values, edges)[0] / (max(1, len(values)) * np.diff(edges))
@@ -121,7 +122,7 @@ def draw_density(
     if data.shape[1] == 1:
         figure = _figure(6.0, 4.0)
         axes = figure.subplots()
-        _histograms(axes, [("test data", data[:, 0], DATA)], limits[0])
+        _histograms(axes, [("data", data[:, 0], DATA)], limits[0])
         line = np.linspace(*limits[0], 4 * places)
         axes.plot(line, np.exp(log_density(line[:, None])), color=MODEL, label="model", linewidth=1.4)
         axes.set_xlabel(names[0])
@@ -135,7 +136,7 @@ def draw_density(
     figure = _figure(9.0, 4.2)
     left, right = figure.subplots(1, 2)
     _scatter(left, data, DATA)
-    _frame(left, "test data", limits, names)
+    _frame(left, "data", limits, names)
     # The highest tenth of a per cent of the grid may be a spike beside which the rest would look empty.
     top = float(np.quantile(density[np.isfinite(density)], 0.999)) if np.isfinite(density).any() else 1.0
     drawn = right.pcolormesh(across, up, density, cmap="viridis", vmin=0.0, vmax=max(top, 1e-300), rasterized=True)
@@ -161,7 +162,7 @@ def draw_marginals(path: Path, data: Rows, samples: Rows, names: Sequence[str]) 
         for across in range(shown):
             axes = panels[down, across]
             if down == across:
-                both = [("test data", data[:, down], DATA), ("samples", samples[:, down], MODEL)]
+                both = [("data", data[:, down], DATA), ("samples", samples[:, down], MODEL)]
                 _histograms(axes, both, limits[down])
                 axes.set_yticks([])
             else:
@@ -251,7 +252,7 @@ def draw_round_trip(path: Path, errors: dict[str, NDArray[np.float64]], unit: st
     axes.xaxis.set_major_formatter(lambda value, place: f"$10^{{{value:g}}}$")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(f"largest error after data → noise → data, {unit}")
-    axes.set_ylabel("test items")
+    axes.set_ylabel("items")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper left", frameon=False, fontsize=9)
     write_figure(path, figure)

@@ -58,6 +58,7 @@ __all__ = ["describe_flow", "evaluate_flow", "round_trip", "sample_flow", "score
 
 AT_ONCE = 500  # items scored between two moves of the progress bar
 TRIPS = 1000  # test items that are inverted
+FEWEST_SHOWN = 500  # rows of data in a picture
 POINTS = 4000  # samples in a picture of points
 TEMPERATURES = (0.25, 0.5, 0.7, 0.85, 1.0)
 RESULTS, SAMPLES, SWEEP, DENSITY, ROUND_TRIP = (
@@ -424,7 +425,9 @@ def draw_pictures(
         draw_image_temperatures(folder / SWEEP, sweep)
         draw_round_trip(folder / ROUND_TRIP, errors, "in levels of a pixel")
         return [SAMPLES, SWEEP, ROUND_TRIP]
-    names, rows = standardization.columns, standardization.undo(data.test)
+    # Some test rows are no picture of a density: then all rows are shown.
+    shown = data.test if len(data.test) >= FEWEST_SHOWN else torch.cat([data.train, data.validation, data.test])
+    names, rows = standardization.columns, standardization.undo(shown)
     samples = draw_samples_of(saved, POINTS, 1.0, seed)
     draw_points(folder / SAMPLES, rows, samples, names)
     draw_temperatures(

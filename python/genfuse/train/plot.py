@@ -66,12 +66,13 @@ def _draw(axes: Any, measure: Measure, train: Curve, held_out: Curve) -> None:
         label = f"{measure.part} {measure.held_out}"
         axes.plot(steps, values, color="#d94801", marker="o", markersize=3.5, linewidth=1.4, label=label)
         best = min(range(len(values)), key=values.__getitem__)
+        early = steps[best] < 0.3 * steps[-1]  # no room to the left of it
         axes.annotate(
             f"best {values[best]:.3f}",
             (steps[best], values[best]),
-            xytext=(-4, 14),
+            xytext=(4 if early else -4, 14),
             textcoords="offset points",
-            ha="right",
+            ha="left" if early else "right",
             color="#d94801",
             arrowprops={"arrowstyle": "-", "color": "#d94801", "linewidth": 0.6},
         )

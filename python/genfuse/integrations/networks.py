@@ -1,8 +1,8 @@
 """Autoregressive networks of other libraries as the layers that `genfuse.ops.autoregressive_inverse` takes.
 
-A network of masked linear layers can be inverted column by column if its masks follow from degrees. They are read from
-the masks themselves (a unit's degree is the largest of those that it sees) and then compared with the masks, once for
-each network, as long as its masks do not change.
+A network of masked linear layers can be inverted column by column if its masks follow from degrees. They are the ones
+that the layers were made of, or else read from the masks (a unit's degree is the largest of those that it sees), and
+then compared with the masks, once for each network, as long as its masks do not change.
 """
 
 from __future__ import annotations
@@ -157,6 +157,8 @@ def _read_degrees(network: Network, masks: Sequence[Tensor]) -> list[Tensor] | N
             if rest:
                 return None
             own = (columns.repeat_interleave(each) if network.interleaved else columns.repeat(each)) - 1
+        elif isinstance(given := getattr(network.modules[place], "degrees", None), Tensor) and len(given) == len(mask):
+            own = given
         else:
             own = torch.where(seen, below, none).amax(1) if seen.shape[1] else torch.full_like(seen[:, 0], none)
         if not torch.equal(seen, below <= own[:, None]):

@@ -40,6 +40,7 @@ import numpy as np
 import torch
 from genfuse.train.checkpoint import model_class
 from genfuse.train.flow_module import FlowData, seeded_losses
+from genfuse.train.flow_run import twin_of
 from genfuse.train.grids import grid
 from genfuse.train.images import load_images
 from genfuse.train.order import BatchOrder
@@ -91,8 +92,7 @@ def of_genfuse(name: str, arguments: dict[str, Any], scale: float, seed: int) ->
     """genfuse's model and its twin, with the same weights."""
     torch.manual_seed(seed)
     ours = model_class(name)(**arguments)
-    twin = model_class(name, "torch")(**arguments)
-    twin.load_state_dict(ours.state_dict())
+    twin = twin_of(ours, arguments)
 
     def contestant(model: Any) -> Contestant:
         return Contestant(model, lambda x: -model.log_prob(x), lambda n: model.sample(n).float() / scale)

@@ -93,6 +93,14 @@ def train_flow(name: str, given: dict[str, Any], **options: Any) -> dict[str, An
     return train(next(job for job in JOBS if job.name == name), given, **options)
 
 
+def twin_of(model: Any, arguments: dict[str, Any]) -> torch.nn.Module:
+    """The same model in plain PyTorch, with the same weights; it stores what a reversible one recomputes."""
+    arguments = {name: value for name, value in arguments.items() if name != "reversible"}
+    twin: torch.nn.Module = model_class(type(model).__name__, "torch")(**arguments)
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
 def read_data(settings: FlowSettings) -> Images | Table:
     """The images or the table that `settings` name."""
     data = settings.data
@@ -161,10 +169,7 @@ class FlowJob(Job):
         from .flow_module import FlowModule, FlowRunData
 
         if self.settings.implementation == "torch":
-            arguments = {name: value for name, value in self.arguments.items() if name != "reversible"}
-            twin = model_class(self.model, "torch")(**arguments)
-            twin.load_state_dict(model.state_dict())  # the same beginning
-            model = twin
+            model = twin_of(model, self.arguments)
         module = FlowModule(model, self.settings, self.batches, self.data.log_volume)
         return module, FlowRunData(self.data, self.batches.order)
 

@@ -73,6 +73,19 @@ inline void for_pieces(const Executor& executor, int64_t rows, int64_t panels, F
   });
 }
 
+// to[c] = the value at place + c, for c below count; 0 for the rest of a panel.
+template <class T>
+inline void take_places(const T* from, const int64_t* order, bool sorted, int64_t place, int64_t count, T* to) {
+  if (sorted) {
+    for (int64_t c = 0; c < W<T>; c += kLanes<T>) {
+      store(to + c, c < count ? load_upto(from + place + c, count - c) : Vec<T>{});
+    }
+    return;
+  }
+  for (int64_t c = 0; c < count; ++c) to[c] = from[order[place + c]];
+  for (int64_t c = maximum(count, 0); c < W<T>; ++c) to[c] = 0;
+}
+
 template <class T>
 class Forward {
   const MaskedLinear<T>& p;
@@ -112,10 +125,16 @@ class Forward {
   void pack(int64_t panel) const {
     const int64_t first = panel * W<T>, count = minimum(W<T>, p.outputs - first);
     T* to = weights + first * p.inputs;
-    std::memset(to, 0, static_cast<size_t>(depth(panel) * W<T>) * sizeof(T));
+    int64_t all = 0;  // how many inputs all of the panel's outputs see
+    if (p.in_sorted) {
+      all = p.live[first];
+      pack_columns<T>(
+          W<T>, all, [&](int64_t c) { return c < count ? p.weight + p.out_order[first + c] * p.inputs : nullptr; }, to);
+    }
+    std::memset(to + all * W<T>, 0, static_cast<size_t>((depth(panel) - all) * W<T>) * sizeof(T));
     for (int64_t c = 0; c < count; ++c) {
       const T* from = p.weight + p.out_order[first + c] * p.inputs;
-      for (int64_t k = 0; k < p.live[first + c]; ++k) to[k * W<T> + c] = from[p.in_order[k]];
+      for (int64_t k = all; k < p.live[first + c]; ++k) to[k * W<T> + c] = from[p.in_order[k]];
     }
   }
 };
@@ -178,9 +197,7 @@ class Backward {
     T* to = weights + place * p.outputs;
     for (int64_t o = first_output(panel); o < p.outputs; ++o, to += W<T>) {
       const T* from = p.weight + p.out_order[o] * p.inputs;
-      const int64_t live = minimum(count, p.live[o] - place);
-      for (int64_t c = 0; c < live; ++c) to[c] = from[p.in_order[place + c]];
-      for (int64_t c = live; c < W<T>; ++c) to[c] = 0;
+      take_places(from, p.in_order, p.in_sorted, place, minimum(count, p.live[o] - place), to);
     }
   }
 
@@ -199,10 +216,7 @@ class Backward {
       for (int64_t panel = 0; panel < panels; ++panel) {
         const int64_t place = panel * W<T>, count = minimum(W<T>, p.inputs - place);
         for (int64_t r = begin; r < end; ++r) {
-          const T* from = p.x + r * p.inputs;
-          T* to = x + place * p.rows + r * W<T>;
-          for (int64_t c = 0; c < count; ++c) to[c] = from[p.in_order[place + c]];
-          for (int64_t c = count; c < W<T>; ++c) to[c] = 0;
+          take_places(p.x + r * p.inputs, p.in_order, p.in_sorted, place, count, x + place * p.rows + r * W<T>);
         }
       }
     });

@@ -93,7 +93,7 @@ struct Inputs {
     add("params", params, x_, packed ? options.parameters() : options.widths());
     if (!packed) {
       add("heights", *heights, x_, options.heights());
-      STD_TORCH_CHECK(derivatives.has_value() == (options.derivatives() > 0),
+      STD_TORCH_CHECK(derivatives.has_value() || options.derivatives() == 0,
                       "derivatives must be given where the spline has any");
       if (derivatives.has_value()) add("derivatives", *derivatives, x_, options.derivatives());
     } else {

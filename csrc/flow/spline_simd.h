@@ -146,6 +146,8 @@ struct SplineMath : SplineBins<Bins> {
   }
   void leave(const At& a, V x, V& y, V& log_slope) const {
     const V nan = broadcast(static_cast<T>(NAN));
+    // Not beyond the ends by rounding: a spline without tails that comes next would refuse it.
+    y = within(y, o.inverse ? o.left : o.bottom, o.inverse ? o.right : o.top);
     y = a.inside ? y : o.tails ? x : nan;
     log_slope = a.inside ? log_slope : o.tails ? (x == x ? V{} : nan) : nan;
   }
@@ -283,7 +285,8 @@ struct SplineMath : SplineBins<Bins> {
       const V a = r.h * (r.s - r.d_0) + above, b = r.h * r.d_0 - above, c = -r.s * rise;
       V discriminant = b * b - T(4) * a * c;
       discriminant = discriminant < 0 ? V{} : discriminant;  // NaN stays
-      r.theta = T(2) * c / (-b - spline_sqrt<T>(discriminant));
+      // Not beyond the bin by rounding: there the slope of a steep one with flat ends would be negative.
+      r.theta = within(T(2) * c / (-b - spline_sqrt<T>(discriminant)), T(0), T(1));
     } else {
       r.theta = (r.at - x_k) / r.w;
     }
@@ -597,13 +600,15 @@ struct SplineMath : SplineBins<Bins> {
       V t = T(0.5) * (below + above);
       for (int i = 0; i < 3; ++i) {
         const V slope = slope_at(t), next = t - (at(t) - target) / slope;
-        // Outside of the bracket lies no root: there the slope is next to 0, and bisection goes on.
+        // Outside of the bracket lies no root, but that may be its end; where the slope is 0, bisection goes on.
         const I less = at(t) < target;
         below = less ? t : below;
         above = less ? above : t;
-        t = (next >= below) & (next <= above) ? next : T(0.5) * (below + above);
+        const V nearest = next < below ? below : (next > above ? above : next);
+        t = nearest == nearest ? nearest : T(0.5) * (below + above);
       }
-      r.t = target == target ? t : target;
+      const V sum = target + at(t);
+      r.t = sum == sum ? t : sum;  // NaN of any coefficient
       r.value = r.x_k + r.t * r.w;
     } else {
       r.t = (unit - r.x_k) / r.w;

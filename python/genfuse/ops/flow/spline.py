@@ -108,8 +108,8 @@ _ONE, _WRAP, _GIVEN = range(3)
 def _rational_bins(op: str, packed: int, tails: str | None) -> tuple[int, int]:
     """Bins and ends of a packed rational-quadratic spline."""
     wanted = {"linear": -1, "circular": 0, None: 1}[tails]
-    bins, rest = divmod(packed - wanted, 3)
-    if rest != 0 or bins < 1:
+    bins = (packed - wanted) // 3  # torch.compile knows no divmod of sizes
+    if bins * 3 + wanted != packed or bins < 1:
         form = {-1: "3 K - 1", 0: "3 K", 1: "3 K + 1"}[wanted]
         raise RuntimeError(f"{op}: widths must hold {form} packed parameters for tails={tails!r}, got {packed}")
     return bins, {-1: _ONE, 0: _WRAP, 1: _GIVEN}[wanted]
@@ -206,7 +206,8 @@ def _run(
     if tails is None and can_look_at(x) and x.numel() > 0:
         low, high = (interval[2], interval[3]) if inverse else (interval[0], interval[1])
         found = torch.aminmax(x.detach())
-        if float(found.min) < low or float(found.max) > high:
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32  # in which the limits are rounded, too
+        if bool(found.min.to(wide) < low) or bool(found.max.to(wide) > high):
             raise InputOutsideDomain(
                 f"{op}: x must lie in [{low}, {high}] without tails, got values from {float(found.min):g} to "
                 f"{float(found.max):g}"
@@ -244,7 +245,7 @@ def _checked(op: str, x: object, **parameters: object) -> list[Any]:
     x, *rest = under_autocast(x, x, *parameters.values())
     x = check_tensor(op, "x", x)
     for name, value in zip(parameters, rest, strict=True):
-        if value is None:
+        if value is None and name in ("heights", "derivatives"):
             continue
         tensor = check_tensor(op, name, value, ("x", x))
         if tensor.dim() < 1:
@@ -490,8 +491,8 @@ def quadratic_spline(
     x, widths, heights = _checked(op, x, widths=widths, heights=heights)
     if heights is None:
         fixed = tails is not None
-        bins, rest = divmod(widths.shape[-1] + (1 if fixed else -1), 2)
-        if rest != 0 or bins < 1:
+        bins = (widths.shape[-1] + (1 if fixed else -1)) // 2
+        if widths.shape[-1] % 2 == 0 or bins < 1:
             form = "2 K - 1" if fixed else "2 K + 1"
             raise RuntimeError(
                 f"{op}: widths must hold {form} packed parameters for tails={tails!r}, got {widths.shape[-1]}"
@@ -581,8 +582,8 @@ def cubic_spline(
     if (heights is None) != (derivatives is None):
         raise TypeError(f"{op}: heights and derivatives must both be given, or neither")
     if heights is None:
-        bins, rest = divmod(widths.shape[-1] - 2, 2)
-        if rest != 0 or bins < 1:
+        bins = (widths.shape[-1] - 2) // 2
+        if widths.shape[-1] % 2 != 0 or bins < 1:
             raise RuntimeError(f"{op}: widths must hold 2 K + 2 packed parameters, got {widths.shape[-1]}")
     else:
         bins = widths.shape[-1]
@@ -731,9 +732,14 @@ def _bins_of(arguments: backends.Arguments) -> int:
         return int(arguments["bins"])
     if "pdf" in arguments:
         return int(arguments["pdf"].shape[-1])
-    packed, separate = int(arguments["widths"].shape[-1]), arguments.get("heights") is not None
-    parts = 1 if separate else 3 if "normalizer" in arguments else 2  # more or less: the ends may have one each
-    return packed // parts
+    count = int(arguments["widths"].shape[-1])
+    if arguments["heights"] is not None:
+        return count
+    if "normalizer" in arguments:  # rational quadratic: 3 K, or one more or less
+        return (count + 1) // 3
+    if "derivatives" in arguments:  # cubic
+        return (count - 2) // 2
+    return count // 2 + (arguments["tails"] is not None)
 
 
 def _objection(arguments: backends.Arguments) -> str | None:

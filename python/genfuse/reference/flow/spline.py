@@ -93,6 +93,8 @@ def _rational_quadratic(x: Tensor, xs: Tensor, ys: Tensor, slopes: Tensor, inver
         positive = ~(discriminant <= 0)
         root = torch.where(positive, discriminant, 1).sqrt() * positive
         theta = 2 * c / (-b - root)
+        # Not beyond the bin by rounding: there the slope of a steep one with flat ends would be negative.
+        theta = theta + (theta.clamp(0, 1) - theta).detach()
     else:
         theta = (x - x_k) / w
     between = theta * (1 - theta)
@@ -243,6 +245,7 @@ def spline(
         if kind != "linear":
             rest = rest * logit_scale
     low, high = (bottom, top) if inverse else (left, right)
+    first, last = (left, right) if inverse else (bottom, top)
     inside = (x >= low) & (x <= high)
     at = torch.where(inside, x, low)
     if kind == "rational_quadratic":
@@ -257,10 +260,11 @@ def spline(
             y, log_slope = _quadratic(unit, widths, rest, min_width, min_height, inverse)
         else:
             y, log_slope = _cubic(unit, widths, rest, slopes, min_width, min_height, inverse)
-        from_low, from_high = (left, right) if inverse else (bottom, top)
-        y = from_low + (from_high - from_low) * y
+        y = first + (last - first) * y
         log_ratio = math.log((top - bottom) / (right - left))
         log_slope = log_slope + (-log_ratio if inverse else log_ratio)
+    # Not beyond the ends by rounding: a spline without tails that comes next would refuse it.
+    y = y + (y.clamp(first, last) - y).detach()
     nan = torch.full_like(x, math.nan)
     y = torch.where(inside, y, x if tails else nan)
     log_slope = torch.where(inside, log_slope, torch.where(x == x, 0.0, nan) if tails else nan)

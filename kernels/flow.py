@@ -772,14 +772,14 @@ def _positions(first, spaces, BP: tl.constexpr, BS: tl.constexpr):
 
 @triton.jit
 def _tanh(x):
-    """By a series near 0, where the difference would lose its digits."""
+    """By a series near 0, where the difference would lose its digits; and its derivative."""
     size = tl.abs(x)
     small = tl.exp(-2.0 * size)
     far = (1.0 - small) / (1.0 + small)
     s = x * x
     near = 0.13333333333333333 + s * (-0.05396825396825397 + s * (0.021869488536155203 - s * 0.008863235529902197))
     near = x + x * s * (-0.3333333333333333 + s * near)
-    return tl.where(size < 0.4, near, tl.where(x < 0.0, -far, far))
+    return tl.where(size < 0.4, near, tl.where(x < 0.0, -far, far)), 4.0 * small / ((1.0 + small) * (1.0 + small))
 
 
 @triton.jit
@@ -853,16 +853,16 @@ def _log_scale(r, offset, eps, low, clamp, SCALE: tl.constexpr, EPS: tl.constexp
             log_s = tl.where(above, low, log_s)
             by = tl.where(above, 0.0, by)
     elif SCALE == _TANH:
-        t = _tanh(r)
+        t, by = _tanh(r)
         log_s = clamp * t
-        by = clamp * (1.0 - t) * (1.0 + t)
+        by *= clamp
     elif SCALE == _ATAN:
         log_s = clamp * (0.636 * _atan(r))
         by = clamp * 0.636 / (1.0 + r * r)
     elif SCALE == _SIGMOID_CLAMP:
-        t = _tanh(0.5 * r)
+        t, by = _tanh(0.5 * r)
         log_s = clamp * t
-        by = 0.5 * clamp * (1.0 - t) * (1.0 + t)
+        by *= 0.5 * clamp
     elif SCALE == _SOFTCLIP:
         rest = 1.0 + tl.abs(r) / clamp
         log_s = r / rest

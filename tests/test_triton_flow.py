@@ -277,12 +277,56 @@ def test_spline_round_trip(normalizer: int) -> None:
 
 
 @interpreted
+def test_spline_with_a_discriminant_of_zero() -> None:
+    """In a steep bin between knots of the least slope, at its ends, where b^2 - 4 a c cancels to nothing."""
+    for least in (1e-6, 1e-3):
+        sizes = torch.tensor([0.0, -8.0, 0.0, -8.0, 8.0, -8.0, -100.0, -100.0])
+        knots = torch.tensor([-3.0, 3.0]).repeat_interleave(512)
+        share = 1e-3 + (1.0 - 3e-3) * torch.softmax(sizes[3:6], 0)
+        knots[100:612] = -3.0 + 6.0 * share[0]
+        knots[612:] = 3.0 - 6.0 * share[2]
+        y = torch.cat([knots, knots * (1.0 + EPS * torch.arange(-512, 512))]).clamp(-3.0, 3.0)
+        options = list(spline_options(1, bins=3, inverse=True, sides=(-3.0, 3.0, -3.0, 3.0)))
+        options[9:12] = 1e-3, 1e-3, least
+        x, log, grad_x, grad_params = spline_of(y, sizes.expand(2048, 8), *options)
+        for result in (x, log, grad_x, grad_params):
+            assert bool(result.isfinite().all())
+        assert float(x.abs().max()) <= 3.0 + 1e-5
+
+
+@interpreted
 @INVERSE
 def test_spline_with_steep_and_narrow_bins(inverse: bool) -> None:
     params = parameters(24) * 4.0
     x = torch.linspace(-1.9, 1.9, 24, dtype=torch.float64)
     for normalizer in (SOFTMAX, ZUKO):
         spline((x, params, None, None), spline_options(1, normalizer=normalizer, inverse=inverse))
+
+
+@interpreted
+@INVERSE
+def test_spline_whose_last_bin_is_what_remains(inverse: bool) -> None:
+    """Given shares that do not add up to 1."""
+    params = parameters(4, 5, normalizer=NONE)
+    params[..., :8] *= 0.9
+    params[..., 8:16] *= 0.8
+    spline((normal(4, 5, scale=2.0), params, None, None), spline_options(1, normalizer=NONE, inverse=inverse))
+
+
+@interpreted
+@INVERSE
+def test_spline_of_many_bins_knows_where_in_its_bin_an_element_is(inverse: bool) -> None:
+    """By a sum of 31 sizes that forgets nothing, where eager PyTorch's is rounded to float32 and subtracted again."""
+    x, params = normal(2000).float(), parameters(2000, bins=32, normalizer=NONE).float()
+    exact, theirs, ours = (
+        run(x.to(dtype), params.to(dtype), None, None, *spline_options(1, 32, NONE, inverse=inverse))[1].double()
+        for run, dtype in (
+            (definitions.spline, torch.float64),
+            (definitions.spline, torch.float32),
+            (kernels.spline, torch.float32),
+        )
+    )
+    assert float((ours - exact).abs().median()) <= float((theirs - exact).abs().median()) / 3.0
 
 
 @interpreted
@@ -400,6 +444,7 @@ def test_affine_strides_and_gradients_alone() -> None:
     wide = normal(3, 9, 2, 3)[:, 1:]
     for x, params in ((dense, wide), (last, wide), (wide[:, ::2], last.repeat(1, 2, 1, 1))):
         affine((x, params, None, None), affine_options())
+    affine((normal(3, 4, 3, 2).transpose(2, 3), wide, None, None), affine_options())
     affine((dense, expanded, last, None), affine_options("sigmoid", add_first=True))
     affine((expanded, dense, expanded, None), affine_options("sigmoid", inverse=True))
     for without in (0, 1):

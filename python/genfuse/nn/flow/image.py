@@ -58,10 +58,6 @@ class Squeeze(Transform):
         if z.dim() != 4 or z.size(1) % self.factor**2:
             want = f"[B, C, H, W] with C a multiple of {self.factor**2}"
             raise ValueError(f"Squeeze: z must be {want}, got {list(z.shape)}")
-        if z.size(0) == 0:  # whose shape torch 2.13's pixel_shuffle gets wrong
-            return z.view(0, z.size(1) // self.factor**2, *(self.factor * size for size in z.shape[2:])), zero_log_det(
-                z
-            )
         return F.pixel_shuffle(z, self.factor), zero_log_det(z)
 
 

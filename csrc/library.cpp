@@ -92,7 +92,8 @@ STABLE_TORCH_LIBRARY(genfuse, m) {
       "(Tensor y, Tensor log_abs_det)");
   m.def(
       "spline_backward(Tensor? grad_y, Tensor? grad_log_abs_det, Tensor x, Tensor params, Tensor? heights, "
-      "Tensor? derivatives, int kind, int normalizer, int ends, bool tails, bool inverse, float left, float right, float bottom, float top, "
+      "Tensor? derivatives, int kind, int normalizer, int ends, bool tails, bool inverse, float left, float right, "
+      "float bottom, float top, "
       "float min_width, float min_height, float min_derivative, float logit_scale, int bins, int batch_dims, "
       "int needs) -> (Tensor grad_x, Tensor grad_params, Tensor grad_heights, Tensor grad_derivatives)");
   // flow: masked networks; `program` and `constants` are laid out in python/genfuse/reference/flow/autoregressive.py

@@ -94,7 +94,7 @@ def make(
     inputs = {"x": x}
     for name, count in counts(op, bins, tails, ends).items():
         # Bins of like sizes: where narrow ones lie among wide ones, one element's luck is the largest error.
-        value = 0.5 * torch.randn((*of, count), generator=generator, dtype=torch.float64)
+        value = 0.25 * torch.randn((*of, count), generator=generator, dtype=torch.float64)
         if options.get("normalizer") == "none":
             value = value.exp() if name == "derivatives" else value.softmax(-1)
         inputs[name] = value

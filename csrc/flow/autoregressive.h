@@ -24,8 +24,9 @@ struct AutoregressiveOrder {
   int64_t count = 0;
   const int64_t* order = nullptr;  // [count]: which lies at each place
   const int64_t* place = nullptr;  // [count]: where each lies
-  const int64_t* ends = nullptr;   // [groups]: columns: where each group ends; units: the places before group g's columns
-  bool sorted = false;             // each lies at the place of its own number
+  const int64_t* ends =
+      nullptr;          // [groups]: columns: where each group ends; units: the places before group g's columns
+  bool sorted = false;  // each lies at the place of its own number
 };
 
 // What is multiplied: x (-1) or the output of a layer, through an activation.
@@ -46,7 +47,7 @@ struct AutoregressiveLayer {
   const int64_t* live = nullptr;   // [units]: how many places of its source the unit at each place sees
   const int64_t* begin = nullptr;  // [units + 1]: sums of `live`
   // For the way back: from which place on the units see the source's place, and the sums of how many they are.
-  const int64_t* first = nullptr;            // [inputs]
+  const int64_t* first = nullptr;             // [inputs]
   const int64_t* transposed_begin = nullptr;  // [inputs + 1]
 };
 

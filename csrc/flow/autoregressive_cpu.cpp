@@ -82,11 +82,11 @@ struct Columns {
 // What a panel of rows needs; one for each thread.
 template <class T>
 struct Panel {
-  T *u, *x, *log;        // [columns][width] in the columns' own order; x in places; [width] and what rounding left of it
-  T** values;            // for each layer [places][width]
-  T** views;             // for each view, which may be the values themselves
-  T** added;             // for each layer [units][width], in the units' own order
-  T *parameters;         // of the columns of a group, or on the way back of all
+  T *u, *x, *log;  // [columns][width] in the columns' own order; x in places; [width] and what rounding left of it
+  T** values;      // for each layer [places][width]
+  T** views;       // for each view, which may be the values themselves
+  T** added;       // for each layer [units][width], in the units' own order
+  T* parameters;   // of the columns of a group, or on the way back of all
   T *grad_x, *grad_log;  // [columns][width], [width]
   T* grad_u;             // [columns][width], in places
   T** grads;             // for each layer [places][width]
@@ -149,9 +149,9 @@ class Run {
   int vectors;            // of a panel
   int64_t width, panels;  // its lanes; how many there are
   int threads;
-  const T** weights;         // for each layer the live weights of each place, one place after the other
-  const T** transposed;      // the same by the places of the source
-  char* own;                 // the threads' panels
+  const T** weights;     // for each layer the live weights of each place, one place after the other
+  const T** transposed;  // the same by the places of the source
+  char* own;             // the threads' panels
   size_t own_size;
 
  public:
@@ -255,7 +255,8 @@ class Run {
   }
 
   // rows[row][column] from the places of a panel; columns at places from `known` on are 0.
-  void store_panel(const T* panel, const AutoregressiveOrder& order, int64_t known_places, int64_t row0, T* rows) const {
+  void store_panel(const T* panel, const AutoregressiveOrder& order, int64_t known_places, int64_t row0,
+                   T* rows) const {
     const int64_t lanes = minimum(width, p.batch - row0);
     for (int64_t c = 0; c < order.count; c += L) {
       const int64_t n = minimum(L, order.count - c);
@@ -287,7 +288,8 @@ class Run {
         const T* from[kTileRows];
         for (int r = 0; r < count; ++r) from[r] = row(l, first + r);
         multiply(count, vectors, live, from, 1, view, tile);
-        for (int r = 0; r < count; ++r) finish(panel, layer, first + r, tile + r * width, to + (first + r - begin) * width);
+        for (int r = 0; r < count; ++r)
+          finish(panel, layer, first + r, tile + r * width, to + (first + r - begin) * width);
       });
       j = same;
     }
@@ -350,7 +352,8 @@ class Run {
         for (int64_t v = 0; v < width; v += L) {
           V log;
           const V u = load(panel.u + p.columns.order[j] * width + v);
-          store(panel.x + j * width + v, panel.math.invert(u, panel.parameters + (j - begin) * P * width + v, width, log));
+          store(panel.x + j * width + v,
+                panel.math.invert(u, panel.parameters + (j - begin) * P * width + v, width, log));
           // Kahan's sum: the logarithms of many columns.
           const V sum = load(panel.log + v), term = log - load(panel.log + width + v), next = sum + term;
           store(panel.log + v, next);
@@ -415,7 +418,8 @@ class Run {
     // x into places, by way of the gradient's buffer.
     load_panel(p.x, D, D, row0, panel.grad_x);
     for (int64_t j = 0; j < D; ++j) {
-      std::memcpy(panel.x + j * width, panel.grad_x + p.columns.order[j] * width, static_cast<size_t>(width) * sizeof(T));
+      std::memcpy(panel.x + j * width, panel.grad_x + p.columns.order[j] * width,
+                  static_cast<size_t>(width) * sizeof(T));
     }
     if (b->grad_x != nullptr) {
       load_panel(b->grad_x, D, D, row0, panel.grad_x);
@@ -423,7 +427,8 @@ class Run {
       clear(panel.grad_x, 0, D);
     }
     const bool has_log = b->grad_log_abs_det != nullptr;
-    for (int64_t i = 0; i < width; ++i) panel.grad_log[i] = has_log && row0 + i < p.batch ? b->grad_log_abs_det[row0 + i] : 0;
+    for (int64_t i = 0; i < width; ++i)
+      panel.grad_log[i] = has_log && row0 + i < p.batch ? b->grad_log_abs_det[row0 + i] : 0;
 
     show(panel, -1, 0, D);
     for (int64_t l = 0; l < last; ++l) {

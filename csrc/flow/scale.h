@@ -6,17 +6,7 @@
 
 namespace genfuse {
 
-enum class ScaleKind : int64_t {
-  exp,
-  sigmoid,
-  inverse_sigmoid,
-  softplus,
-  tanh,
-  atan,
-  sigmoid_clamp,
-  softclip,
-  clip
-};
+enum class ScaleKind : int64_t { exp, sigmoid, inverse_sigmoid, softplus, tanh, atan, sigmoid_clamp, softclip, clip };
 inline constexpr int64_t kScaleKinds = 9;
 
 template <class T>

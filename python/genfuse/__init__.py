@@ -2,8 +2,8 @@
 
 `genfuse.ops` has the operators, `genfuse.nn` layers, `genfuse.distributions` a Gaussian for `torch.distributions`,
 `genfuse.models` whole models, `genfuse.reference` the definition of each in plain PyTorch. `explain` says which kernel
-a call takes and why, `use_backend` forces one, `build_info` tells what was built. `patch`, `patched` and `accelerate` let
-these operators serve nflows, normflows, zuko, Pyro and transformers. Everything is imported on first use:
+a call takes and why, `use_backend` forces one, `build_info` tells what was built. `patch`, `patched` and `accelerate`
+let these operators serve nflows, normflows, zuko, Pyro and transformers. Everything is imported on first use:
 `import genfuse` alone loads neither torch nor the native library.
 """
 

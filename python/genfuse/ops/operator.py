@@ -309,12 +309,12 @@ class Operator:
         function: Callable[..., Any],
         subject: str,
         *,
-        triton: bool = True,
+        triton: bool | Callable[[backends.Arguments], str | None] = True,
         integers: tuple[torch.dtype, ...] = (),
         native: Callable[[backends.Arguments], str | None] | None = None,
     ) -> None:
         """Enter a public function that this operator serves into the registry of backends; `integers` are the dtypes
-        of its subject besides floating ones, and `native` says why the native library cannot serve a call, where that
+        of its subject besides floating ones; `native` and `triton` say why that backend cannot serve a call, where that
         is more than its not being there.
         """
         name, half = function.__name__, (torch.float32, torch.bfloat16, torch.float16, *integers)
@@ -322,9 +322,12 @@ class Operator:
         backends.register_op(name, function, subject)
         backends.register(backends.Kernel(name, "native", ("cpu",), every, objection=native or native_objection))
         if triton:
-            backends.register(
-                backends.Kernel(name, "triton", ("cuda",), half, proven=False, objection=self.triton_objection)
-            )
+            more = triton if callable(triton) else lambda arguments: None
+
+            def objection(arguments: backends.Arguments) -> str | None:
+                return self.triton_objection(arguments) or more(arguments)
+
+            backends.register(backends.Kernel(name, "triton", ("cuda",), half, proven=False, objection=objection))
         backends.register(backends.Kernel(name, "reference", (), every))
 
     def triton_objection(self, arguments: backends.Arguments) -> str | None:

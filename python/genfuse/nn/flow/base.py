@@ -253,8 +253,6 @@ class _Backward(torch.nn.Module):
         if context is not None:
             context = context.detach().requires_grad_(needed[1])
         steps = list(self.flow) if self.invert else list(self.flow)[::-1]
-        if grad is None and log_det_grad is None:
-            return [None, None, *found]
         z = z.detach()
         for index, step in enumerate(steps):
             last = index == len(steps) - 1

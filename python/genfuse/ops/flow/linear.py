@@ -59,6 +59,7 @@ def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         RuntimeError: shapes do not fit, dtypes or devices differ.
 
     Example:
+        >>> import torch
         >>> conv1x1(torch.ones(1, 2, 1, 1), torch.tensor([[1.0, 2.0], [3.0, 4.0]])).flatten()
         tensor([3., 7.])
     """

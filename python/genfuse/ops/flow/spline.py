@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 _MAX_BINS = 256  # of the kernels; beyond it the reference serves
+_MAX_TRITON_BINS = 32  # what a thread's registers hold
 
 
 class InputOutsideDomain(ValueError):  # noqa: N818  the name that users of nflows know
@@ -147,7 +148,7 @@ def _spread(op: str, x: Tensor, named: list[tuple[str, Tensor | None]]) -> list[
         if t is None:
             continue
         try:
-            shape = tuple(torch.broadcast_shapes(shape, t.shape[:-1]))
+            shape = tuple(torch.broadcast_shapes(shape, t.shape[:-1]))  # type: ignore[no-untyped-call]
         except RuntimeError:
             raise RuntimeError(
                 f"{op}: {name} must broadcast with x in all but its last dimension, got {list(t.shape)} for x of "
@@ -236,8 +237,7 @@ def _run(
     else:
         y, log_abs_det = _SPLINE.run(op, x, arguments)
     if later:
-        wide = log_abs_det if log_abs_det.dtype == torch.float64 else log_abs_det.float()
-        log_abs_det = wide.sum(later)
+        log_abs_det = (log_abs_det if log_abs_det.dtype == torch.float64 else log_abs_det.float()).sum(later)
     return y, log_abs_det
 
 
@@ -710,7 +710,7 @@ def piecewise_rational_quadratic_transform(
     """
     if tails not in ("linear", None):
         raise RuntimeError(f"{tails} tails are not implemented: tails must be 'linear' or None")
-    unit: dict[str, float] = {} if tails else {"left": 0.0, "right": 1.0, "bottom": 0.0, "top": 1.0}
+    low, high = (None, None) if tails else (0.0, 1.0)
     return rational_quadratic_spline(
         inputs,
         unnormalized_widths,
@@ -722,7 +722,10 @@ def piecewise_rational_quadratic_transform(
         min_bin_width=min_bin_width,
         min_bin_height=min_bin_height,
         min_derivative=min_derivative,
-        **unit,
+        left=low,
+        right=high,
+        bottom=low,
+        top=high,
     )
 
 
@@ -730,8 +733,9 @@ def _bins_of(arguments: backends.Arguments) -> int:
     """The bins of a call, by the operator's arguments or a public function's."""
     if "bins" in arguments:
         return int(arguments["bins"])
-    if "pdf" in arguments:
-        return int(arguments["pdf"].shape[-1])
+    for name in ("pdf", "unnormalized_widths"):
+        if name in arguments:
+            return int(arguments[name].shape[-1])
     count = int(arguments["widths"].shape[-1])
     if arguments["heights"] is not None:
         return count
@@ -749,7 +753,17 @@ def _objection(arguments: backends.Arguments) -> str | None:
     return native_objection(arguments)
 
 
+def _triton_objection(arguments: backends.Arguments) -> str | None:
+    """Why the Triton kernel cannot serve a call."""
+    if (bins := _bins_of(arguments)) > _MAX_TRITON_BINS:
+        return f"{bins} bins; it takes at most {_MAX_TRITON_BINS}"
+    return None
+
+
 for _function in (rational_quadratic_spline, linear_spline, quadratic_spline, cubic_spline):
-    _SPLINE.enter(_function, "x", triton=_function is rational_quadratic_spline, native=_objection)
+    _triton = _triton_objection if _function is rational_quadratic_spline else False
+    _SPLINE.enter(_function, "x", triton=_triton, native=_objection)
+_SPLINE.enter(unconstrained_rational_quadratic_spline, "inputs", triton=_triton_objection, native=_objection)
+_SPLINE.enter(piecewise_rational_quadratic_transform, "inputs", triton=_triton_objection, native=_objection)
 if on_cpu:
     _SPLINE.register()

@@ -236,7 +236,7 @@ def spline(
     x, params = x.to(wide), params.to(wide)
     counts = parameter_counts(kind, bins, ends)
     if heights is None:
-        widths, rest, slopes = params.split(counts, dim=-1)
+        widths, rest, slopes = params.split(counts, dim=-1)  # type: ignore[no-untyped-call]
     else:
         widths, rest = params, heights.to(wide)
         slopes = rest[..., :0] if derivatives is None else derivatives.to(wide)

@@ -12,7 +12,7 @@ import genfuse
 import spline_cases
 import torch
 from genfuse import ops
-from tolerances import assert_as_accurate, eager_runs
+from tolerances import FACTOR, assert_as_accurate, eager_runs
 from torch import Tensor
 
 # What each can be asked for. "scale", "prior_mean", "prior_scale", "noise" and the like shape the tensors; the rest are
@@ -168,8 +168,8 @@ class Problem:
         return [*(result.detach() for result in results), *gradients]
 
 
-def check(*problems: Problem) -> None:
-    """Results and all gradients against the reference, to the derived tolerance.
+def check(*problems: Problem, factor: float = FACTOR) -> None:
+    """Results and all gradients against the reference, to the derived tolerance (`factor` times eager's error).
 
     Several problems of one kind are compared as one: a tensor of one or two elements by itself is a matter of luck.
     """
@@ -191,7 +191,7 @@ def check(*problems: Problem) -> None:
     names = [f"gradient of {name}" for name in problems[0].inputs]
     names = [*(f"result {index}" for index in range(len(actual) - len(names))), *names]
     for name, ours, theirs, truth in zip(names, actual, eager, exact, strict=True):
-        assert_as_accurate(ours, theirs, truth, name, gradient=name.startswith("gradient"))
+        assert_as_accurate(ours, theirs, truth, name, gradient=name.startswith("gradient"), factor=factor)
 
 
 def make(

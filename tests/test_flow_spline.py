@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import genfuse
+import numpy as np
 import pytest
 import spline_cases
 import torch
@@ -753,6 +754,58 @@ def test_errors_are_distributed_as_eagers(op: str, bins: int, inverse: bool) -> 
         ulp = ULPS * torch.finfo(torch.float32).eps * float(truth.abs().median())
         ours, eager = error(mine), error(theirs)
         assert (ours <= FACTOR * eager + ulp).all(), (index, (ours / eager).tolist())
+
+
+def in_long_double(x: Tensor, w: Tensor, h: Tensor, d: Tensor, inverse: bool) -> tuple[Any, Any]:
+    """A rational-quadratic spline on [-3, 3] of numpy's widest numbers, of the paper's formulas."""
+    wide = np.longdouble
+    least, bound, bins = wide(1e-3), wide(3), w.shape[-1]
+
+    def knots(logits: Tensor) -> Any:
+        u = logits.numpy().astype(wide)
+        p = np.exp(u - u.max(-1, keepdims=True))
+        sizes = least + (1 - least * bins) * p / p.sum(-1, keepdims=True)
+        inner = 2 * bound * np.cumsum(sizes, -1)[:, :-1] - bound
+        end = np.full_like(inner[:, :1], bound)
+        return np.concatenate([-end, inner, end], -1)
+
+    at, xs, ys = x.numpy().astype(wide), knots(w), knots(h)
+    slopes = np.pad(least + np.log1p(np.exp(d.numpy().astype(wide))), ((0, 0), (1, 1)), constant_values=1)
+    k = (at[:, None] >= (ys if inverse else xs)[:, 1:-1]).sum(-1)[:, None]
+
+    def pick(values: Any, index: Any) -> Any:
+        return np.take_along_axis(values, index, -1)[:, 0]
+
+    x_k, y_k, d_0, d_1 = pick(xs, k), pick(ys, k), pick(slopes, k), pick(slopes, k + 1)
+    width, height = pick(xs, k + 1) - x_k, pick(ys, k + 1) - y_k
+    s = height / width
+    bend = d_0 + d_1 - 2 * s
+    if inverse:
+        a, b, c = height * (s - d_0) + (at - y_k) * bend, height * d_0 - (at - y_k) * bend, -s * (at - y_k)
+        t = 2 * c / (-b - np.sqrt(b * b - 4 * a * c))
+    else:
+        t = (at - x_k) / width
+    below = s + bend * t * (1 - t)
+    log_slope = np.log(s**2 * (d_1 * t**2 + 2 * s * t * (1 - t) + d_0 * (1 - t) ** 2) / below**2)
+    if inverse:
+        return x_k + t * width, -log_slope
+    return y_k + height * (s * t**2 + d_0 * t * (1 - t)) / below, log_slope
+
+
+@pytest.mark.skipif(np.finfo(np.longdouble).eps >= np.finfo(np.float64).eps, reason="no numbers wider than float64")
+@either_way
+@pytest.mark.parametrize("bins", [8, 9, 32])
+def test_float64_errors_are_distributed_as_eagers(bins: int, inverse: bool) -> None:
+    x, (w, h, d) = inside(4000), parameters("rational_quadratic_spline", 4000, bins=bins)
+    exact = in_long_double(x, w, h, d, inverse)
+    ours = ops.rational_quadratic_spline(x, w, h, d, inverse=inverse)
+    with genfuse.use_backend("reference"):
+        theirs = ops.rational_quadratic_spline(x, w, h, d, inverse=inverse)
+    for mine, eager, truth in zip(ours, theirs, exact, strict=True):
+        errors = [
+            np.quantile(np.abs(found.numpy() - truth).astype(np.float64), [0.5, 0.9, 0.99]) for found in (mine, eager)
+        ]
+        assert (errors[0] <= FACTOR * errors[1]).all()
 
 
 @every

@@ -33,6 +33,7 @@ from operator_cases import (
     floating,
     make,
 )
+from tolerances import FACTOR
 from torch import Tensor
 from torch import library as registry
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -128,7 +129,10 @@ def test_these_are_the_kernels() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_NAMES)
 @pytest.mark.parametrize(("op", "variant"), CASES)
 def test_results_and_gradients(op: str, variant: str, dtype: torch.dtype) -> None:
-    check(*(make(op, variant, dtype=dtype, seed=seed) for seed in range(2)))
+    # In float64 the definition stands for the exact result, and of a spline it is off by more than its nudged inputs
+    # show: by its sums over bins. What the kernel is off by, test_flow_spline.py asks of wider numbers.
+    factor = 8.0 if op in SPLINE_OPS and dtype == torch.float64 else FACTOR
+    check(*(make(op, variant, dtype=dtype, seed=seed) for seed in range(2)), factor=factor)
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -288,6 +288,21 @@ def training_step(model: torch.nn.Module, log_prob: Callable[[Tensor], Tensor], 
     return work
 
 
+class WithoutContext(torch.nn.Module):
+    """nflows' couplings hand a context to their network, which its MLP does not take."""
+
+    def __init__(self, net: torch.nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.hidden_features = net._hidden_sizes[
+            -1
+        ]  # by whose root the couplings divide logits, as for its ResidualNet
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        found: Tensor = self.net(x)
+        return found
+
+
 def nsf_step(residual: bool, setting: Setting) -> Mapping[str, Factory]:
     """Five coupling transforms of 32 features with networks of two hidden layers, or blocks, of 128 units."""
     batch, features, hidden = (4, 4, 8) if setting.quick else (512, 32, 128)
@@ -318,7 +333,7 @@ def nsf_step(residual: bool, setting: Setting) -> Mapping[str, Factory]:
             if residual:
                 made: torch.nn.Module = nets.ResidualNet(ins, outs, hidden_features=hidden, num_blocks=2)
             else:
-                made = nets.MLP((ins,), (outs,), [hidden, hidden])
+                made = WithoutContext(nets.MLP((ins,), (outs,), [hidden, hidden]))
             return made
 
         chain = [

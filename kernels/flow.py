@@ -330,9 +330,17 @@ def _position(x, x_k, x_rest, w, y_k, y_rest, h, s, d_0, d_1, INVERSE: tl.conste
         discriminant = b * b - 4.0 * a * c
         discriminant = tl.where(discriminant <= 0.0, 0.0, discriminant)  # rounding may make it negative
         theta = 2.0 * c / (-b - tl.sqrt(discriminant))
+        # Rounding may put it beyond the bin, where a steep slope would turn negative; NaN stays.
+        theta = tl.where(theta > 1.0, 1.0, tl.where(theta < 0.0, 0.0, theta))
     else:
         theta = ((x - x_k) - x_rest) / w
     return theta
+
+
+@triton.jit
+def _held(value, low, high):
+    """Within the interval, which rounding may leave by an ulp; NaN stays."""
+    return tl.where(value > high, high, tl.where(value < low, low, value))
 
 
 @triton.jit(do_not_specialize=["R", "C", "chunks", "tiles", "inner"])
@@ -381,10 +389,10 @@ def _spline_kernel(
         numerator = d_1 * theta * theta + 2.0 * s * between + d_0 * (1.0 - theta) * (1.0 - theta)
         found_log = tl.log(numerator) + 2.0 * tl.log(s / denominator)
         if INVERSE:
-            found = x_k + (x_rest + theta * w)
+            found = _held(x_k + (x_rest + theta * w), left, right)
             found_log = -found_log
         else:
-            found = y_k + (y_rest + h * (s * theta * theta + d_0 * between) / denominator)
+            found = _held(y_k + (y_rest + h * (s * theta * theta + d_0 * between) / denominator), bottom, top)
         if TAILS:
             found = tl.where(inside, found, value)
             found_log = tl.where(inside, found_log, tl.where(value == value, 0.0, float("nan")))

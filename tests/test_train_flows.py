@@ -39,9 +39,11 @@ TINY: dict[str, dict[str, Any]] = {
     "nsf-autoregressive": {**SHARED, "flows": 2, "hidden": (8,), "bins": 4, "autoregressive": True},
     "maf": {**SHARED, "flows": 2, "hidden": (8,)},
     "iaf": {**SHARED, "flows": 2, "hidden": (8,)},
+    "nsf-images": {**SHARED, "flows": 2, "hidden": (8,), "bins": 4},
+    "maf-images": {**SHARED, "flows": 2, "hidden": (64,)},
 }
 KINDS = tuple(TINY)
-OF_IMAGES = ("realnvp-images", "glow")
+OF_IMAGES = ("realnvp-images", "glow", "nsf-images", "maf-images")
 DRAWN = ("nsf", "glow")  # the runs whose pictures are drawn, which takes longer than these models train
 STEPS = 20  # two epochs of 320 items
 SIZES = {
@@ -643,8 +645,7 @@ def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["nsf", "--data", "digits"], "genfuse train nsf learns tables, and digits holds images"),
-        (["nsf", "--data", "digits"], "they are for genfuse train realnvp or glow"),
+        (["glow", "--data", "moons"], "genfuse train glow learns images, and moons holds tables"),
         (["glow", "--data", "moons"], "they are for genfuse train realnvp or nsf or maf or iaf"),
         (["maf", "--data", "moon"], "nor a data set of that name (moons, digits, mnist5k, fashion-mnist)"),
         (["maf", "--data", "text.csv"], "has the text 'red' in column 'b'"),

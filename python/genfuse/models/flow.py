@@ -30,6 +30,7 @@ class FlowModel(torch.nn.Module):
         event_shape: of one x; by default the base's.
         context_features: F, if the transform takes a context.
         dequantize: for images of whole numbers, the `genfuse.nn.DequantizeLogit` that comes before `flow`.
+        flatten: whether `flow` is of vectors, to which images are flattened in between.
 
     Attributes:
         config: of the models here, the constructor's arguments, which JSON can hold (but for a base that is an object):
@@ -55,6 +56,7 @@ class FlowModel(torch.nn.Module):
         event_shape: Sequence[int] | None = None,
         context_features: int | None = None,
         dequantize: nn.DequantizeLogit | None = None,
+        flatten: bool = False,
     ) -> None:
         super().__init__()
         self.name = type(self).__name__
@@ -65,7 +67,7 @@ class FlowModel(torch.nn.Module):
         self.event_shape = base.event_shape if event_shape is None else tuple(int(size) for size in event_shape)
         self.context_features = context_features
         self.config: dict[str, Any] = {}
-        self.dequantize = dequantize
+        self.dequantize, self.flatten = dequantize, flatten
         self.flow, self.base = flow, base
 
     # ---- arguments ---------------------------------------------------------------------------------------------------
@@ -130,7 +132,7 @@ class FlowModel(torch.nn.Module):
         if not x.is_floating_point() and self.base.like.dtype == torch.float64:
             x = x.double()  # bytes become float32 otherwise
         y, before = self.dequantize(x, u=u, generator=generator)
-        z, log_abs_det = self.flow(y, context)
+        z, log_abs_det = self.flow(y.flatten(1) if self.flatten else y, context)
         return z, before + log_abs_det
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -139,8 +141,12 @@ class FlowModel(torch.nn.Module):
         y, log_abs_det = self.flow.inverse(z, self._context(context, z.size(0)))
         if self.dequantize is None:
             return y, log_abs_det
-        x, after = self.dequantize.inverse(y)
+        x, after = self.dequantize.inverse(self._shaped(y))
         return x, log_abs_det + after
+
+    def _shaped(self, y: Tensor) -> Tensor:
+        """Of what the flow's inverse returns."""
+        return y.reshape(y.size(0), *self.event_shape) if self.flatten else y
 
     def log_prob(
         self,
@@ -233,9 +239,26 @@ class FlowModel(torch.nn.Module):
         z = self.base.rsample(self._count(n), temperature=temperature, generator=generator)
         x, log_abs_det = self.flow.inverse(z, self._context(context, z.size(0)))
         if self.dequantize is not None:
-            x, after = self.dequantize.continuous(x)
+            x, after = self.dequantize.continuous(self._shaped(x))
             log_abs_det = log_abs_det + after
         return x, self.base.log_prob(z) - log_abs_det
+
+
+def _features(name: str, features: object) -> tuple[int, tuple[int, ...] | None]:
+    """The number of features, and the shape of the images that they are the pixels of."""
+    if isinstance(features, Sequence) and not isinstance(features, (str, bytes)):
+        shape = tuple(_size(name, "features", size) for size in features)
+        if len(shape) != 3:
+            raise ValueError(f"{name}: features must be an int, or C, H and W of images; got {list(shape)}")
+        return math.prod(shape), shape
+    return _size(name, "features", features), None
+
+
+def _pixels(shape: tuple[int, ...] | None, levels: int, alpha: float) -> dict[str, Any]:
+    """What makes a flow of vectors one of images."""
+    if shape is None:
+        return {}
+    return {"event_shape": shape, "dequantize": nn.DequantizeLogit(levels, alpha), "flatten": True}
 
 
 def _base(name: str, base: Base, shape: int | Sequence[int]) -> BaseDistribution:
@@ -525,7 +548,8 @@ class NeuralSplineFlow(FlowModel):
     [-tail_bound, tail_bound] a spline is the identity.
 
     Args:
-        features: D of x ``[B, D]``.
+        features: D of x ``[B, D]``; or C, H and W of images ``[B, C, H, W]`` of whole numbers in [0, levels), which are
+            dequantised, taken through a logit and flattened first.
         transforms: splines.
         hidden: units of the networks' layers.
         num_bins, tail_bound, normalizer: of the splines, as for `genfuse.nn.SplineCoupling`.
@@ -537,6 +561,7 @@ class NeuralSplineFlow(FlowModel):
         context_features: F of the context, if there is one.
         base: ``"standard"``, ``"diagonal"`` (learnt), or a `genfuse.distributions.BaseDistribution`.
         reversible: as for `RealNVP`.
+        levels, alpha: of images, as for `genfuse.nn.DequantizeLogit`.
 
     `genfuse.reference.flow.models.NeuralSplineFlow` is the same model in plain PyTorch, with the same ``state_dict``.
 
@@ -553,7 +578,7 @@ class NeuralSplineFlow(FlowModel):
 
     def __init__(
         self,
-        features: int,
+        features: int | Sequence[int],
         *,
         transforms: int = 5,
         hidden: Sequence[int] = (128, 128),
@@ -566,9 +591,12 @@ class NeuralSplineFlow(FlowModel):
         context_features: int | None = None,
         base: Base = "standard",
         reversible: bool = False,
+        levels: int = 256,
+        alpha: float = 0.05,
     ) -> None:
         name = "NeuralSplineFlow"
-        features, transforms = _size(name, "features", features), _size(name, "transforms", transforms)
+        features, shape = _features(name, features)
+        transforms = _size(name, "transforms", transforms)
         if linear not in ("lu", "permutation", None):
             raise ValueError(f"{name}: linear must be 'lu', 'permutation' or None, got {linear!r}")
         if residual and not coupling:
@@ -597,10 +625,13 @@ class NeuralSplineFlow(FlowModel):
                 if linear is None and index < transforms - 1:
                     steps.append(nn.Permutation(features, "reverse"))
         super().__init__(
-            nn.Flow(steps, reversible=reversible), _base(name, base, features), context_features=context_features
+            nn.Flow(steps, reversible=reversible),
+            _base(name, base, features),
+            context_features=context_features,
+            **_pixels(shape, levels, alpha),
         )
         self.config = {
-            "features": features,
+            "features": features if shape is None else list(shape),
             "transforms": transforms,
             "hidden": list(hidden),
             "num_bins": int(num_bins),
@@ -613,6 +644,8 @@ class NeuralSplineFlow(FlowModel):
             "base": base,
             "reversible": bool(reversible),
         }
+        if shape is not None:
+            self.config |= {"levels": int(levels), "alpha": float(alpha)}
 
 
 class _AffineAutoregressive(FlowModel):
@@ -620,7 +653,7 @@ class _AffineAutoregressive(FlowModel):
 
     def __init__(
         self,
-        features: int,
+        features: int | Sequence[int],
         *,
         transforms: int = 5,
         hidden: Sequence[int] = (128, 128),
@@ -630,9 +663,12 @@ class _AffineAutoregressive(FlowModel):
         context_features: int | None = None,
         base: Base = "standard",
         reversible: bool = False,
+        levels: int = 256,
+        alpha: float = 0.05,
     ) -> None:
         name = type(self).__name__
-        features, transforms = _size(name, "features", features), _size(name, "transforms", transforms)
+        features, shape = _features(name, features)
+        transforms = _size(name, "transforms", transforms)
         actnorm = self.normalised if actnorm is None else bool(actnorm)
         steps: list[nn.Transform] = []
         for index in range(transforms):
@@ -645,10 +681,13 @@ class _AffineAutoregressive(FlowModel):
             if index < transforms - 1:
                 steps.append(nn.Permutation(features, "reverse"))
         super().__init__(
-            nn.Flow(steps, reversible=reversible), _base(name, base, features), context_features=context_features
+            nn.Flow(steps, reversible=reversible),
+            _base(name, base, features),
+            context_features=context_features,
+            **_pixels(shape, levels, alpha),
         )
         self.config = {
-            "features": features,
+            "features": features if shape is None else list(shape),
             "transforms": transforms,
             "hidden": list(hidden),
             "activation": activation,
@@ -658,6 +697,8 @@ class _AffineAutoregressive(FlowModel):
             "base": base,
             "reversible": bool(reversible),
         }
+        if shape is not None:
+            self.config |= {"levels": int(levels), "alpha": float(alpha)}
 
     @staticmethod
     def _directed(layer: nn.MaskedAffineAutoregressive) -> nn.Transform:
@@ -671,7 +712,8 @@ class MAF(_AffineAutoregressive):
     other, in one operator for each layer.
 
     Args:
-        features: D of x ``[B, D]``.
+        features: D of x ``[B, D]``; or C, H and W of images ``[B, C, H, W]`` of whole numbers in [0, levels), which are
+            dequantised, taken through a logit and flattened first.
         transforms: layers.
         hidden: units of each layer's `genfuse.nn.MADE`.
         activation, scale: as for `genfuse.nn.MaskedAffineAutoregressive`.
@@ -680,6 +722,7 @@ class MAF(_AffineAutoregressive):
         base: ``"standard"``, ``"diagonal"`` (learnt), or a `genfuse.distributions.BaseDistribution` (a
             `GaussianMixture` makes it the paper's MAF MoG, nearly).
         reversible: as for `RealNVP`.
+        levels, alpha: of images, as for `genfuse.nn.DequantizeLogit`.
 
     `genfuse.reference.flow.models.MAF` is the same model in plain PyTorch, with the same ``state_dict``.
 

@@ -130,14 +130,6 @@ FlowSource = Annotated[
         help="A data set by name; a table, as text with a number in each cell, .npy or .npz; or images, as for vae.",
     ),
 ]
-TableSource = Annotated[
-    str,
-    typer.Option(
-        "--data",
-        metavar="moons|TABLE.csv|FILE.npz",
-        help="Two half moons, or a table: text with a number in each cell, .npy or .npz.",
-    ),
-]
 FlowEpochs = Annotated[int, typer.Option(help="Times the data are read.")]
 FlowBatchSize = Annotated[int, typer.Option(help="Images or rows a step, over all processes.")]
 FlowSeed = Annotated[int, typer.Option(help="Of weights, order of the data, and noise.")]
@@ -153,11 +145,16 @@ PartHeldOut = Annotated[
 PartSeed = Annotated[int, typer.Option(help="Of which data are held out.", rich_help_panel=DATA)]
 Hidden = Annotated[
     str,
-    typer.Option(metavar="N,N,...", help="Of tables: widths of the conditioners' layers.", rich_help_panel=MODEL),
+    typer.Option(
+        metavar="N,N,...", help="Widths of the conditioners' layers; of realnvp, for tables.", rich_help_panel=MODEL
+    ),
 ]
 Channels = Annotated[int, typer.Option(help="Of images: of the couplings' convolutions.", rich_help_panel=MODEL)]
 Layers = Annotated[
-    int, typer.Option("--flows", "--transforms", help="Of tables: transforms in a chain.", rich_help_panel=MODEL)
+    int,
+    typer.Option(
+        "--flows", "--transforms", help="Transforms in a chain; of realnvp, for tables.", rich_help_panel=MODEL
+    ),
 ]
 Levels = Annotated[
     int,
@@ -577,7 +574,7 @@ def train_glow(
 @train.command("nsf")
 def train_nsf(
     context: typer.Context,
-    data: TableSource = NSF.data,
+    data: FlowSource = NSF.data,
     epochs: FlowEpochs = NSF.epochs,
     batch_size: FlowBatchSize = NSF.batch_size,
     learning_rate: Rate = NSF.learning_rate,
@@ -588,6 +585,8 @@ def train_nsf(
     save_every: SaveEvery = NSF.save_every,
     held_out: PartHeldOut = None,
     split_seed: PartSeed = NSF.split_seed,
+    image_size: ImageSize = None,
+    grey: Grey = False,
     flows: Layers = NSF.flows,
     bins: Annotated[int, typer.Option(help="Of each spline.", rich_help_panel=MODEL)] = NSF.bins,
     tail_bound: Annotated[
@@ -610,7 +609,7 @@ def train_nsf(
     strategy: Strategy = "auto",
     precision: Precision = "32-true",
 ) -> None:
-    """Train a neural spline flow (rational-quadratic splines) on a table.
+    """Train a neural spline flow (rational-quadratic splines) on a table or on images.
 
     Without options: on two half moons, in about a minute on two CPU cores. Folder and pictures are those of
     genfuse train realnvp.
@@ -620,6 +619,8 @@ def train_nsf(
       genfuse train nsf
 
       genfuse train nsf --data measurements.csv --autoregressive --out runs/measurements
+
+      genfuse train nsf --data digits
     """
     _require(*TRAINING)
     from .flow_run import train_flow
@@ -630,7 +631,7 @@ def train_nsf(
 @train.command("maf")
 def train_maf(
     context: typer.Context,
-    data: TableSource = MAF.data,
+    data: FlowSource = MAF.data,
     epochs: FlowEpochs = MAF.epochs,
     batch_size: FlowBatchSize = MAF.batch_size,
     learning_rate: Rate = MAF.learning_rate,
@@ -641,6 +642,8 @@ def train_maf(
     save_every: SaveEvery = MAF.save_every,
     held_out: PartHeldOut = None,
     split_seed: PartSeed = MAF.split_seed,
+    image_size: ImageSize = None,
+    grey: Grey = False,
     flows: Layers = MAF.flows,
     hidden: Hidden = MAF_HIDDEN,
     weight_decay: WeightDecay = MAF.weight_decay,
@@ -651,7 +654,7 @@ def train_maf(
     strategy: Strategy = "auto",
     precision: Precision = "32-true",
 ) -> None:
-    """Train a masked autoregressive flow on a table: fast to score, one column after the other to sample.
+    """Train a masked autoregressive flow on a table or on images: fast to score, one number after the other to sample.
 
     Without options: on two half moons, in about a minute on two CPU cores. Folder and pictures are those of
     genfuse train realnvp.
@@ -671,7 +674,7 @@ def train_maf(
 @train.command("iaf")
 def train_iaf(
     context: typer.Context,
-    data: TableSource = MAF.data,
+    data: FlowSource = MAF.data,
     epochs: FlowEpochs = MAF.epochs,
     batch_size: FlowBatchSize = MAF.batch_size,
     learning_rate: Rate = MAF.learning_rate,
@@ -682,6 +685,8 @@ def train_iaf(
     save_every: SaveEvery = MAF.save_every,
     held_out: PartHeldOut = None,
     split_seed: PartSeed = MAF.split_seed,
+    image_size: ImageSize = None,
+    grey: Grey = False,
     flows: Layers = MAF.flows,
     hidden: Hidden = MAF_HIDDEN,
     weight_decay: WeightDecay = MAF.weight_decay,
@@ -692,10 +697,10 @@ def train_iaf(
     strategy: Strategy = "auto",
     precision: Precision = "32-true",
 ) -> None:
-    """Train an inverse autoregressive flow on a table: fast to sample, one column after the other to score.
+    """Train an inverse autoregressive flow on a table or images: fast to sample, one number after the other to score.
 
     Folder and pictures are those of genfuse train realnvp. Training scores, so that it is slow where there are many
-    columns: genfuse train maf is the usual choice for a density.
+    of them: genfuse train maf is the usual choice for a density.
 
     Example:
 

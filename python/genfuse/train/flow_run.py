@@ -400,6 +400,7 @@ def round_trip(model: Any, items: Tensor, seed: int = 0) -> dict[str, NDArray[np
             x, u = part.to(device, dtype), u.to(device, dtype)
             if exact.dequantize is not None:
                 x = exact.dequantize(x, u=u)[0]
+            x = x.flatten(1) if exact.flatten else x
             back = exact.flow.inverse(exact.flow(x)[0])[0]
             if exact.dequantize is not None:
                 x, back = (exact.dequantize.continuous(y)[0] for y in (x, back))

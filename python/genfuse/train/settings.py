@@ -474,22 +474,22 @@ class GlowSettings(FlowSettings):
 
 
 @dataclass(frozen=True)
-class TableFlowSettings(FlowSettings):
-    """Settings of the flows that are of tables alone."""
+class VectorFlowSettings(FlowSettings):
+    """Settings of the flows that are of vectors: rows of tables, or images without their shape."""
 
     hidden: tuple[int, ...] = (64, 64)
     flows: int = 5
 
     sizes: ClassVar[tuple[str, ...]] = ("hidden",)
     counts: ClassVar[tuple[str, ...]] = ("flows",)
-    takes: ClassVar[tuple[str, ...]] = ("tables",)
 
     def model_arguments(self, shape: tuple[int, ...], levels: int) -> dict[str, Any]:
-        return {"features": shape[0], "transforms": self.flows, "hidden": list(self.hidden)}
+        size = {"features": shape[0]} if len(shape) == 1 else {"features": list(shape), "levels": levels}
+        return {**size, "transforms": self.flows, "hidden": list(self.hidden)}
 
 
 @dataclass(frozen=True)
-class NSFSettings(TableFlowSettings):
+class NSFSettings(VectorFlowSettings):
     """Settings of ``genfuse train nsf``; the defaults suit two-dimensional points and two CPU cores."""
 
     bins: int = 8
@@ -515,7 +515,7 @@ class NSFSettings(TableFlowSettings):
 
 
 @dataclass(frozen=True)
-class MAFSettings(TableFlowSettings):
+class MAFSettings(VectorFlowSettings):
     """Settings of ``genfuse train maf`` and ``iaf``."""
 
     def model_arguments(self, shape: tuple[int, ...], levels: int) -> dict[str, Any]:

@@ -542,9 +542,16 @@ class _DiagonalNormal(torch.nn.Module):
 class _FlowModel(torch.nn.Module):
     """log p(x) = log p(z) + ln |det dz/dx| (Rezende and Mohamed 2015, arXiv 1505.05770, eq. 5)."""
 
-    def __init__(self, flow: Any, event_shape: Sequence[int], base: str, pixels: tuple[int, float] | None) -> None:
+    def __init__(
+        self,
+        flow: Any,
+        event_shape: Sequence[int],
+        base: str,
+        pixels: tuple[int, float] | None,
+        flatten: bool = False,
+    ) -> None:
         super().__init__()
-        self.event_shape, self.pixels = tuple(event_shape), pixels
+        self.event_shape, self.pixels, self.flatten = tuple(event_shape), pixels, flatten
         self.features = math.prod(event_shape)
         self.flow = flow
         self.base: Any = _StandardNormal() if base == "standard" else _DiagonalNormal(self.features)
@@ -566,7 +573,7 @@ class _FlowModel(torch.nn.Module):
             rng = draw_rng(x.device, generator) if u is None else None
             x = x.to(self._like().dtype)
             x, before = dequantize_logit(x, levels=self.pixels[0], alpha=self.pixels[1], u=u, rng=rng)
-        z, log_abs_det = self.flow(x, context)
+        z, log_abs_det = self.flow(x.flatten(1) if self.flatten else x, context)
         return z, before + log_abs_det
 
     def log_prob(self, x: Tensor, context: Tensor | None = None, **noise: Any) -> Tensor:
@@ -598,6 +605,8 @@ class _FlowModel(torch.nn.Module):
             temperature * philox_normal((n, self.features), draw_rng(like.device, generator), like.dtype)
         )
         x: Tensor = self.flow.inverse(z, context)[0]
+        if self.flatten:
+            x = x.view(n, *self.event_shape)
         if self.pixels is not None:
             x = logit_quantize(x, levels=self.pixels[0], alpha=self.pixels[1])
         return x
@@ -735,7 +744,7 @@ class NeuralSplineFlow(_FlowModel):
 
     def __init__(
         self,
-        features: int,
+        features: int | Sequence[int],
         *,
         transforms: int = 5,
         hidden: Sequence[int] = (128, 128),
@@ -747,7 +756,12 @@ class NeuralSplineFlow(_FlowModel):
         residual: bool = False,
         context_features: int | None = None,
         base: str = "standard",
+        levels: int = 256,
+        alpha: float = 0.05,
     ) -> None:
+        shape = (features,) if isinstance(features, int) else tuple(features)
+        features, images = math.prod(shape), len(shape) > 1
+
         def net(ins: int, outs: int) -> torch.nn.Module:
             if residual:
                 return _ResidualNet(ins, outs, hidden, context_features)
@@ -766,7 +780,7 @@ class NeuralSplineFlow(_FlowModel):
             steps.append(_SplineAutoregressive(features, hidden, context_features, num_bins, tail_bound, normalizer))
             if linear is None and index < transforms - 1:
                 steps.append(_Permutation(torch.arange(features).flip(0)))
-        super().__init__(_Chain(*steps), (features,), base, None)
+        super().__init__(_Chain(*steps), shape, base, (levels, alpha) if images else None, images)
 
 
 class MAF(_FlowModel):
@@ -782,7 +796,7 @@ class MAF(_FlowModel):
 
     def __init__(
         self,
-        features: int,
+        features: int | Sequence[int],
         *,
         transforms: int = 5,
         hidden: Sequence[int] = (128, 128),
@@ -791,14 +805,18 @@ class MAF(_FlowModel):
         actnorm: bool | None = None,
         context_features: int | None = None,
         base: str = "standard",
+        levels: int = 256,
+        alpha: float = 0.05,
     ) -> None:
+        shape = (features,) if isinstance(features, int) else tuple(features)
+        features, images = math.prod(shape), len(shape) > 1
         steps: list[torch.nn.Module] = []
         for index in range(transforms):
             steps += [_ActNorm(features)] if (self.normalised if actnorm is None else actnorm) else []
             steps.append(self.directed(_AffineAutoregressive(features, hidden, context_features, activation, scale)))
             if index < transforms - 1:
                 steps.append(_Permutation(torch.arange(features).flip(0)))
-        super().__init__(_Chain(*steps), (features,), base, None)
+        super().__init__(_Chain(*steps), shape, base, (levels, alpha) if images else None, images)
 
     @staticmethod
     def directed(layer: torch.nn.Module) -> torch.nn.Module:

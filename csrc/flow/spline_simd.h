@@ -185,14 +185,18 @@ struct SplineMath : SplineBins<Bins> {
   // u[j] <- the gradient of logit j, of those by the probabilities p[j] * whole.
   template <class Gradient>
   void softmax_gradient(V* u, const V* p, V whole, Gradient gradient) const {
-    const bool none = o.normalizer == SplineNormalizer::none, zuko = o.normalizer == SplineNormalizer::zuko;
-    if (none) {
+    if (o.normalizer == SplineNormalizer::none) {
       for (int j = 0; j < K; ++j) u[j] = gradient(j) * o.logit_scale;
       return;
     }
     V mean{};
     for (int j = 0; j < K; ++j) mean += p[j] * gradient(j);
-    mean *= whole;
+    softmax_gradient(u, p, whole, mean * whole, gradient);
+  }
+  // The same with the gradients' mean given, under the probabilities.
+  template <class Gradient>
+  void softmax_gradient(V* u, const V* p, V whole, V mean, Gradient gradient) const {
+    const bool zuko = o.normalizer == SplineNormalizer::zuko;
     const V factor = whole * o.logit_scale;
     for (int j = 0; j < K; ++j) {
       V g = factor * p[j] * (gradient(j) - mean);
@@ -208,7 +212,8 @@ struct SplineMath : SplineBins<Bins> {
   // ---- rational quadratic ------------------------------------------------------------------------------------------
 
   struct Rational : At {
-    V w_whole, h_whole;  // what makes the sizes sum to 1
+    V w_whole, h_whole;        // what makes the sizes sum to 1
+    V w_sum, w_p, h_sum, h_p;  // the sizes before the bin, and the bin's own, for gradients
     V x_k, w, y_k, h, raw_0, raw_1, d_0, d_1, s, E, theta, between, D, M, ratio, G;
     I first, last;  // whether the slope at this end is the fixed one
   };
@@ -251,6 +256,8 @@ struct SplineMath : SplineBins<Bins> {
     const int shift = o.ends == SplineEnds::one ? 1 : 0;  // knot j has the derivative j - shift
     V raw_0{}, raw_1{};
     if (shift == 0) raw_0 = derivatives[0];
+    r.w_p = p[0];
+    r.h_p = p[K];
     I reached = r.k == 0;  // whether the knot before is at or before x
     for (int j = 1; j < K; ++j) {
       cum_w.add(min_w + w_factor * p[j - 1]);
@@ -264,6 +271,10 @@ struct SplineMath : SplineBins<Bins> {
       y_k = reached ? y_j : y_k;
       raw_0 = reached ? raw : raw_0;
       r.k -= reached;
+      r.w_sum += reached ? p[j - 1] : V{};
+      r.h_sum += reached ? p[K + j - 1] : V{};
+      r.w_p = reached ? p[j] : r.w_p;
+      r.h_p = reached ? p[K + j] : r.h_p;
     }
     x_next = reached ? broadcast(o.right) : x_next;
     y_next = reached ? broadcast(o.top) : y_next;
@@ -332,8 +343,17 @@ struct SplineMath : SplineBins<Bins> {
     const T up = (o.top - o.bottom) * (T(1) - least(o.min_height) * static_cast<T>(K));
     const V w_before = across * (last ? by_x_k - by_w : by_x_k), w_at = across * (last ? V{} : by_w);
     const V h_before = up * (last ? gy - by_h : gy), h_at = up * (last ? V{} : by_h);
-    softmax_gradient(u, p, r.w_whole, [&](int j) { return before_or_at(r.k, j, w_before, w_at); });
-    softmax_gradient(u + K, p + K, r.h_whole, [&](int j) { return before_or_at(r.k, j, h_before, h_at); });
+    const auto by_w_j = [&](int j) { return before_or_at(r.k, j, w_before, w_at); };
+    const auto by_h_j = [&](int j) { return before_or_at(r.k, j, h_before, h_at); };
+    if (o.normalizer == SplineNormalizer::none) {
+      softmax_gradient(u, p, r.w_whole, by_w_j);
+      softmax_gradient(u + K, p + K, r.h_whole, by_h_j);
+    } else {
+      const V w_mean = (w_before * r.w_sum + w_at * r.w_p) * r.w_whole;
+      const V h_mean = (h_before * r.h_sum + h_at * r.h_p) * r.h_whole;
+      softmax_gradient(u, p, r.w_whole, w_mean, by_w_j);
+      softmax_gradient(u + K, p + K, r.h_whole, h_mean, by_h_j);
+    }
     const V by_raw_0 = r.first ? V{} : by_d_0 * slope_gradient(r.raw_0, r.d_0);
     const V by_raw_1 = r.last ? V{} : by_d_1 * slope_gradient(r.raw_1, r.d_1);
     const int shift = o.ends == SplineEnds::one ? 1 : 0, count = o.derivatives();

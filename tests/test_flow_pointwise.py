@@ -16,6 +16,7 @@ from genfuse import ops
 from genfuse.reference.flow import pointwise as reference
 from operator_cases import check, make
 from torch import Tensor
+from torch.library import opcheck
 from torch._dynamo.testing import CompileCounterWithBackend
 
 close = torch.testing.assert_close
@@ -321,7 +322,7 @@ def test_logit_quantize(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 def test_opcheck_of_logit_quantize() -> None:
-    torch.library.opcheck(torch.ops.genfuse.logit_quantize.default, (torch.randn(3, 5), 256, 0.05))
+    opcheck(torch.ops.genfuse.logit_quantize.default, (torch.randn(3, 5), 256, 0.05))
     result = torch.vmap(ops.logit_quantize)(torch.randn(3, 5))
     assert result.shape == (3, 5)
 

@@ -16,8 +16,8 @@ from genfuse import ops
 from genfuse.reference.flow import pointwise as reference
 from operator_cases import check, make
 from torch import Tensor
-from torch.library import opcheck
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.library import opcheck
 
 close = torch.testing.assert_close
 ORDERS = ("multiply_add", "add_multiply")

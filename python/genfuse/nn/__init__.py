@@ -28,6 +28,7 @@ from .flow import (
     Transform,
     checkerboard_mask,
 )
+from .masked_conv import MaskedConv2d
 from .recurrent import GRU, LSTM, GRUCell, LayerNormLSTM, LSTMCell
 from .sampling import GaussianReparameterization, GumbelSoftmax, VectorQuantizer
 
@@ -52,6 +53,7 @@ __all__ = [
     "LULinear",
     "LayerNormLSTM",
     "MaskedAffineAutoregressive",
+    "MaskedConv2d",
     "MaskedLinear",
     "MaskedSplineAutoregressive",
     "MultiScale",

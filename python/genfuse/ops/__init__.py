@@ -21,6 +21,7 @@ from .flow import (
     unconstrained_rational_quadratic_spline,
 )
 from .likelihood import bernoulli_nll, discretized_gaussian_nll, gaussian_nll
+from .masked_conv import masked_conv2d
 from .recurrent import gru, gru_generate, linear_cross_entropy, lstm, lstm_generate
 from .sampling import (
     VectorQuantized,
@@ -65,6 +66,7 @@ __all__ = [
     "logit_quantize",
     "lstm",
     "lstm_generate",
+    "masked_conv2d",
     "masked_linear",
     "philox_bits",
     "philox_gumbel",

@@ -2,4 +2,6 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from .conv import MaskedConv2d
+
+__all__ = ["MaskedConv2d"]

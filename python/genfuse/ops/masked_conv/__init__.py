@@ -2,4 +2,6 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from .conv import masked_conv2d
+
+__all__ = ["masked_conv2d"]

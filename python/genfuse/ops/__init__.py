@@ -21,7 +21,7 @@ from .flow import (
     unconstrained_rational_quadratic_spline,
 )
 from .likelihood import bernoulli_nll, discretized_gaussian_nll, gaussian_nll
-from .masked_conv import masked_conv2d
+from .masked_conv import PixelProgram, ancestral_sample, masked_conv2d
 from .recurrent import gru, gru_generate, linear_cross_entropy, lstm, lstm_generate
 from .sampling import (
     VectorQuantized,
@@ -43,10 +43,12 @@ from .sampling import (
 __all__ = [
     "InputOutsideDomain",
     "MaskedLayer",
+    "PixelProgram",
     "VectorQuantized",
     "actnorm",
     "additive_coupling",
     "affine_coupling",
+    "ancestral_sample",
     "autoregressive_inverse",
     "bernoulli_nll",
     "categorical_sample",

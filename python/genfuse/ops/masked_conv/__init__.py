@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .ancestral import PixelProgram, ancestral_sample
 from .conv import masked_conv2d
 
-__all__ = ["masked_conv2d"]
+__all__ = ["PixelProgram", "ancestral_sample", "masked_conv2d"]

@@ -141,6 +141,9 @@ class LanguageModelJob(Job):
         return metrics
 
 
+JOBS = (LanguageModelJob,)
+
+
 def _first_words(text: str, most: int = 24) -> str:
     """The first line with letters in it, to begin a sample with."""
     line = next((line.strip() for line in text.splitlines()[1:] if len(line.split()) > 2), text.strip() or text)

@@ -28,7 +28,7 @@ from .flow import (
     Transform,
     checkerboard_mask,
 )
-from .masked_conv import MaskedConv2d
+from .masked_conv import ConcatELU, GatedActivation, MaskedConv2d
 from .recurrent import GRU, LSTM, GRUCell, LayerNormLSTM, LSTMCell
 from .sampling import GaussianReparameterization, GumbelSoftmax, VectorQuantizer
 
@@ -40,10 +40,12 @@ __all__ = [
     "ActNorm",
     "AdditiveCoupling",
     "AffineCoupling",
+    "ConcatELU",
     "ConvNet",
     "DequantizeLogit",
     "Flow",
     "GRUCell",
+    "GatedActivation",
     "GaussianReparameterization",
     "GlowStep",
     "GumbelSoftmax",

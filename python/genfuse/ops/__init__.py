@@ -21,7 +21,7 @@ from .flow import (
     unconstrained_rational_quadratic_spline,
 )
 from .likelihood import bernoulli_nll, discretized_gaussian_nll, gaussian_nll
-from .masked_conv import PixelProgram, ancestral_sample, masked_conv2d
+from .masked_conv import PixelProgram, ancestral_sample, concat_elu, gated_activation, masked_conv2d
 from .recurrent import gru, gru_generate, linear_cross_entropy, lstm, lstm_generate
 from .sampling import (
     VectorQuantized,
@@ -52,10 +52,12 @@ __all__ = [
     "autoregressive_inverse",
     "bernoulli_nll",
     "categorical_sample",
+    "concat_elu",
     "conv1x1",
     "cubic_spline",
     "dequantize_logit",
     "discretized_gaussian_nll",
+    "gated_activation",
     "gaussian_kl",
     "gaussian_nll",
     "gaussian_rsample",

@@ -69,6 +69,7 @@ class Operator:
             kept in its place.
         module: of genfuse.kernels that has the Triton kernels, by the operator's names.
         lowers: whether autocast makes its tensors narrower, as those of a matrix product, and not wider.
+        keeps: whether autocast leaves its tensors as they are, as those of an activation.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Operator:
         default=lambda index, tensor: tensor.new_empty(tensor.shape), repr=False
     )
     lowers: bool = False
+    keeps: bool = False
     op: Any = None
     op_backward: Any = None
 
@@ -130,13 +132,16 @@ class Operator:
         ctx.set_materialize_grads(False)
         ctx.options = tuple(inputs[self.tensors : len(self.arguments)])
 
-    def backward(self, ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        """Gradients of all the operator's arguments."""
+    def backward(
+        self, ctx: Any, grads: Sequence[Tensor | None], needed: Sequence[bool] | None = None
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of all the operator's arguments; `needed` says of which, if not of all that take one."""
         nothing = (None,) * len(self.arguments)
         wanted = [grads[index] for index in self.grads]
         if all(grad is None for grad in wanted):
             return nothing
-        needed = ctx.needs_input_grad[: self.differentiable]
+        if needed is None:
+            needed = ctx.needs_input_grad[: self.differentiable]
         needs = sum(1 << index for index, need in enumerate(needed) if need)
         arguments = (*wanted, *ctx.saved_tensors, *ctx.options, needs)
         if _is_compiling():
@@ -261,7 +266,8 @@ class Operator:
         self.op = getattr(torch.ops.genfuse, self.name).default
         registry.register_fake(f"genfuse::{self.name}", self.fake, lib=library)
         registry.register_vmap(f"genfuse::{self.name}", vmap_by_loop(self.op), lib=library)
-        autocast_rule(self.name, self.op, lowered if self.lowers else widened)
+        if not self.keeps:
+            autocast_rule(self.name, self.op, lowered if self.lowers else widened)
         library.impl(self.name, self._on_cuda(self.name), "CUDA")
         if not self.differentiable:
             return

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from .conv import MaskedConv2d
+from .gate import ConcatELU, GatedActivation
 
-__all__ = ["MaskedConv2d"]
+__all__ = ["ConcatELU", "GatedActivation", "MaskedConv2d"]

@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from .ancestral import PixelProgram, ancestral_sample
 from .conv import masked_conv2d
+from .gate import concat_elu, gated_activation
 
-__all__ = ["PixelProgram", "ancestral_sample", "masked_conv2d"]
+__all__ = ["PixelProgram", "ancestral_sample", "concat_elu", "gated_activation", "masked_conv2d"]

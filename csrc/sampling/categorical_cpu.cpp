@@ -1,77 +1,28 @@
-// The weights of a row are summed in double, class by class, with the sum so far kept for every kRun classes. A sample
-// is the first class at which the sum exceeds u times the total: found among the runs, then within one by the same
-// additions. A class that adds nothing is never the first to exceed anything.
+// Classes drawn by inversion (sampling/categorical_simd.h), row by row.
 #include "sampling/categorical.h"
 
 #include <atomic>
 #include <cmath>
 #include <limits>
 
-#include "common/math_simd.h"
 #include "common/rows.h"
+#include "sampling/categorical_simd.h"
 #include "sampling/noise_simd.h"
 
 namespace genfuse {
 GENFUSE_NAMESPACE {
 namespace {
 
-constexpr int64_t kRun = 32;
 constexpr int64_t kUniforms = 1024;  // drawn at a time
-
-template <class T>
-int64_t buffer_bytes(int64_t classes) {
-  return round_up(classes * static_cast<int64_t>(sizeof(T)), 64) + round_up(ceil_div(classes, kRun) * 8, 64);
-}
-
-// weights[] = e^(logit - largest), sums[r] = their sum before run r; returns the total, NaN if there is none.
-template <class T>
-double weigh(const T* logits, int64_t n, T* weights, double* sums) {
-  constexpr int L = kLanes<T>;
-  constexpr T infinity = std::numeric_limits<T>::infinity();
-  Vec<T> best = broadcast(-infinity);
-  int64_t i = 0;
-  for (; i + L <= n; i += L) {
-    const Vec<T> x = load(logits + i);
-    best = x > best ? x : best;
-  }
-  T top = -infinity;
-  for (int j = 0; j < L; ++j) top = best[j] > top ? best[j] : top;
-  for (; i < n; ++i) top = logits[i] > top ? logits[i] : top;
-  for (i = 0; i < n; i += L) store_upto(weights + i, exp_wide<T>(load_upto(logits + i, n - i) - top), n - i);
-  double total = 0;
-  for (i = 0; i < n; ++i) {
-    if (i % kRun == 0) sums[i / kRun] = total;
-    total += static_cast<double>(weights[i]);
-  }
-  return total;
-}
-
-template <class T>
-int64_t invert(const T* weights, const double* sums, int64_t n, double threshold) {
-  int64_t low = 0, high = ceil_div(n, kRun);  // the last run whose sum before it does not exceed the threshold
-  while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
-    (sums[middle] <= threshold ? low : high) = middle;
-  }
-  double sum = sums[low];
-  for (int64_t i = low * kRun; i < n; ++i) {
-    sum += static_cast<double>(weights[i]);
-    if (sum > threshold) return i;
-  }
-  for (int64_t i = n; i-- > 0;) {
-    if (weights[i] > 0) return i;  // u so near 1 that the product was rounded up to the total
-  }
-  return -1;
-}
 
 template <class T>
 void categorical(const Categorical<T>& p, char* workspace, const Executor& executor) {
   std::atomic<int> taken{0};
   const int64_t least = ceil_div(kThreadBlocks * kBlock, p.classes + p.samples);
   parallel_ranges(executor, p.rows, least, [&](int64_t begin, int64_t end) {
-    char* buffer = workspace + taken.fetch_add(1) * buffer_bytes<T>(p.classes);
+    char* buffer = workspace + taken.fetch_add(1) * inversion_bytes<T>(p.classes);
     T* weights = reinterpret_cast<T*>(buffer);
-    double* sums = reinterpret_cast<double*>(buffer + round_up(p.classes * static_cast<int64_t>(sizeof(T)), 64));
+    double* sums = reinterpret_cast<double*>(buffer + weights_bytes<T>(p.classes));
     alignas(64) T uniforms[kUniforms];
     int64_t drawn = begin * p.samples / 4 * 4, until = drawn;  // `uniforms` holds elements [drawn, until)
     for (int64_t row = begin; row < end; ++row) {
@@ -102,7 +53,7 @@ void categorical(const Categorical<T>& p, char* workspace, const Executor& execu
 template <class T>
 KernelOf<Categorical<T>> categorical_kernel() {
   return {
-      [](const Categorical<T>& p, int threads) { return static_cast<size_t>(threads * buffer_bytes<T>(p.classes)); },
+      [](const Categorical<T>& p, int threads) { return static_cast<size_t>(threads * inversion_bytes<T>(p.classes)); },
       &categorical<T>};
 }
 template KernelOf<Categorical<float>> categorical_kernel<float>();

@@ -157,19 +157,12 @@ def _no_vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
     raise NotImplementedError("genfuse.ops.ancestral_sample has no vmap rule: put the samples in the batch")
 
 
-def _objection(arguments: backends.Arguments) -> str | None:
-    return native_objection(arguments) or (None if _has_kernel else "the native library has no such operator")
-
-
-_has_kernel = on_cpu and hasattr(torch.ops.genfuse, "ancestral_sample")
-
-
 def _enter() -> None:
     name = "ancestral_sample"
     backends.register_op(name, ancestral_sample, "program", lambda arguments: arguments["program"].tensors[0])
-    backends.register(backends.Kernel(name, "native", ("cpu",), objection=_objection))
+    backends.register(backends.Kernel(name, "native", ("cpu",), objection=native_objection))
     backends.register(backends.Kernel(name, "reference", (), note="the naive loop"))
-    if _has_kernel:
+    if on_cpu:
         library = rule_library()
         registry.register_fake(f"genfuse::{name}", _fake, lib=library)
         registry.register_vmap(f"genfuse::{name}", _no_vmap, lib=library)

@@ -39,7 +39,7 @@ def _index(name: str, value: object, least: int) -> int:
 
 
 def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
-    pair = (value, value) if hasattr(value, "__index__") else tuple(value)  # type: ignore[arg-type]
+    pair = (value, value) if hasattr(value, "__index__") else tuple(value)
     if len(pair) != 2:
         raise ValueError(f"PixelProgram: {name} must be an int or a pair, got {value!r}")
     return int(pair[0]), int(pair[1])
@@ -48,7 +48,7 @@ def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
 def _choice(name: str, value: object, among: Sequence[str]) -> int:
     if value not in among:
         raise ValueError(f"PixelProgram: {name} must be one of {', '.join(among)}; got {value!r}")
-    return among.index(value)  # type: ignore[arg-type]
+    return among.index(value)
 
 
 class PixelProgram:
@@ -202,15 +202,16 @@ class PixelProgram:
         offset: int | Sequence[int] = (0, 0),
         add: int | None = None,
     ) -> int:
-        """The transposed convolution of stride 2, for a value of twice the size: ``out[o, 2 y + i + oy, 2 x + j + ox] +=
-        weight[o, c, i, j] in[c, y, x]``. (torch's weights are ``[I, O, kh, kw]``.)
+        """The transposed convolution of stride 2, for a value of twice the size:
+        ``out[o, 2 y + i + oy, 2 x + j + ox] += weight[o, c, i, j] in[c, y, x]``.
+        (torch's weights are ``[I, O, kh, kw]``.)
         """
         channels, factor, _ = self._known("x", x)
         if factor % 2 != 0:
             raise ValueError("PixelProgram: x is of the image's size, conv_transpose wants one made with stride 2")
         oy, ox = _pair("offset", offset)
         places = self._places(weight, channels, None)
-        # How far above the position that contains it a tap looks: at row (y - i - oy) / 2, the containing one is y // 2.
+        # A tap looks at row (y - i - oy) / 2: how far above y // 2, the row that contains y?
         taps = [(-((i + oy) // 2), -((j + ox) // 2)) for i, j in places]
         return self._conv(x, weight, bias, factor // 2, taps, places, (oy, ox, 1, 2), 1, add, "none")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .flow import IAF, MAF, FlowModel, Glow, NeuralSplineFlow, RealNVP
 from .hierarchical_vae import HierarchicalVAE
 from .language_model import LSTMLanguageModel
+from .pixelcnn import GatedPixelCNN, PixelCNN
 from .vae import VAE
 from .vqvae import VQVAE
 
@@ -14,9 +15,11 @@ __all__ = [
     "VAE",
     "VQVAE",
     "FlowModel",
+    "GatedPixelCNN",
     "Glow",
     "HierarchicalVAE",
     "LSTMLanguageModel",
     "NeuralSplineFlow",
+    "PixelCNN",
     "RealNVP",
 ]

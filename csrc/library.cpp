@@ -140,6 +140,16 @@ STABLE_TORCH_LIBRARY(genfuse, m) {
   m.def(
       "conv1x1_backward(Tensor? grad_y, Tensor x, Tensor weight, Tensor? bias, int needs) -> "
       "(Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
+  // masked_conv: pointwise. `activation` is tanh (0) or linear (1)
+  m.def(
+      "gated_activation(Tensor x, Tensor? bias, Tensor? conditional, Tensor? residual, int dim, int activation) -> "
+      "Tensor");
+  m.def(
+      "gated_activation_backward(Tensor? grad_y, Tensor x, Tensor? bias, Tensor? conditional, Tensor? residual, "
+      "int dim, int activation, int needs) -> (Tensor grad_x, Tensor grad_bias, Tensor grad_conditional, "
+      "Tensor grad_residual)");
+  m.def("concat_elu(Tensor x, int dim) -> Tensor");
+  m.def("concat_elu_backward(Tensor? grad_y, Tensor x, int dim, int needs) -> Tensor");
   // masked_conv: the whole loop over an image's pixels; `program` and `constants` are laid out in
   // python/genfuse/reference/masked_conv/ancestral.py
   m.def(

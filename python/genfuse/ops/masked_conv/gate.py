@@ -171,8 +171,8 @@ def gated_activation(
         [a; b] = x + \mathrm{bias} + \mathrm{conditional}
 
     where a and b are the first and the second half of the channels. Gated PixelCNN's, van den Oord et al. 2016 (arXiv
-    1606.05328), eqs. 2 and 4; WaveNet's (arXiv 1609.03499), eqs. 2 and 3. With ``activation="linear"`` y = a sigmoid(b),
-    the gated linear unit of Dauphin et al. 2017 (arXiv 1612.08083), eq. 1, which is PixelCNN++'s (arXiv 1701.05517).
+    1606.05328), eqs. 2 and 4; WaveNet's (arXiv 1609.03499), eqs. 2 and 3. With ``activation="linear"``, a sigmoid(b), it
+    is the gated linear unit of Dauphin et al. 2017 (arXiv 1612.08083), eq. 1, and PixelCNN++'s (arXiv 1701.05517).
 
     Args:
         x: ``[B, 2C, *S]``, any strides; float32, float64, bfloat16 or float16; differentiable, as are the others.
@@ -265,5 +265,5 @@ def concat_elu(x: Tensor, dim: int = 1) -> Tensor:
 
 for _one, _function in ((_GATED, gated_activation), (_CONCAT_ELU, concat_elu)):
     _one.enter(_function, "x", triton=False)
-    if on_cpu and hasattr(torch.ops.genfuse, _one.name):
+    if on_cpu:
         _one.register()

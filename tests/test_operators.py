@@ -15,8 +15,9 @@ import genfuse
 import pytest
 import torch
 from genfuse import ops
-from genfuse.ops import likelihood, sampling
+from genfuse.ops import sampling
 from genfuse.ops.flow import coupling, linear, pointwise, spline
+from genfuse.ops.likelihood import rows
 from genfuse.ops.operator import Operator
 from operator_cases import (
     DTYPE_NAMES,
@@ -48,9 +49,9 @@ OPERATORS: dict[str, Operator] = {
     "gumbel_softmax": sampling._GUMBEL_SOFTMAX,
     "relaxed_bernoulli": sampling._RELAXED_BERNOULLI,
     "vector_quantize": sampling._VECTOR_QUANTIZE,
-    "bernoulli_nll": likelihood._BERNOULLI,
-    "gaussian_nll": likelihood._GAUSSIAN,
-    "discretized_gaussian_nll": likelihood._DISCRETIZED,
+    "bernoulli_nll": rows._BERNOULLI,
+    "gaussian_nll": rows._GAUSSIAN,
+    "discretized_gaussian_nll": rows._DISCRETIZED,
     **dict.fromkeys(SPLINE_OPS, spline._SPLINE),
     "affine_coupling": coupling._AFFINE,
     "additive_coupling": coupling._ADDITIVE,

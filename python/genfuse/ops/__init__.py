@@ -20,7 +20,14 @@ from .flow import (
     rational_quadratic_spline,
     unconstrained_rational_quadratic_spline,
 )
-from .likelihood import bernoulli_nll, discretized_gaussian_nll, gaussian_nll
+from .likelihood import (
+    bernoulli_nll,
+    categorical_nll,
+    discretized_gaussian_nll,
+    discretized_logistic_mixture_nll,
+    discretized_logistic_mixture_sample,
+    gaussian_nll,
+)
 from .masked_conv import PixelProgram, ancestral_sample, concat_elu, gated_activation, masked_conv2d
 from .recurrent import gru, gru_generate, linear_cross_entropy, lstm, lstm_generate
 from .sampling import (
@@ -51,12 +58,15 @@ __all__ = [
     "ancestral_sample",
     "autoregressive_inverse",
     "bernoulli_nll",
+    "categorical_nll",
     "categorical_sample",
     "concat_elu",
     "conv1x1",
     "cubic_spline",
     "dequantize_logit",
     "discretized_gaussian_nll",
+    "discretized_logistic_mixture_nll",
+    "discretized_logistic_mixture_sample",
     "gated_activation",
     "gaussian_kl",
     "gaussian_nll",

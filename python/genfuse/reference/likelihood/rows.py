@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .sampling import finite_exp, widen
+from genfuse.reference.sampling import finite_exp, widen
 
 __all__ = ["bernoulli_nll", "discretized_gaussian_nll", "gaussian_nll", "log_normal_interval"]
 

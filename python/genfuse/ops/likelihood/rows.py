@@ -1,6 +1,6 @@
 """Negative log-likelihoods, summed over each row in one pass; the gradient is one more, and keeps the inputs alone.
 
-The definitions are in `genfuse.reference.likelihood`; each function is one registered operator with the rules of
+The definitions are in `genfuse.reference.likelihood.rows`; each function is one registered operator with the rules of
 `operator.py`.
 """
 
@@ -12,10 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genfuse.reference import likelihood as reference
-
-from .operator import Operator, on_cpu, under_autocast
-from .sampling import check_batch_dims, check_tensor, common_shape, rows_shape, same_shape, scale_of, spread, wide_dtype
+from genfuse.ops.operator import Operator, on_cpu, under_autocast
+from genfuse.ops.sampling import (
+    check_batch_dims,
+    check_tensor,
+    common_shape,
+    rows_shape,
+    same_shape,
+    scale_of,
+    spread,
+    wide_dtype,
+)
+from genfuse.reference.likelihood import rows as reference
 
 __all__ = ["bernoulli_nll", "discretized_gaussian_nll", "gaussian_nll"]
 

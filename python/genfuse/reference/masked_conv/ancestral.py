@@ -386,6 +386,13 @@ def _of_batch(tensor: Tensor) -> Tensor:
     return tensor.reshape(*(tensor.shape if tensor.dim() == 2 else (1, -1)), 1, 1)
 
 
+def _window(x: Tensor, top: int, left: int, height: int, width: int) -> Tensor:
+    """Rows and columns from (top, left) on, which may lie outside, where all is 0."""
+    below, right = top + height - x.size(2), left + width - x.size(3)
+    padded = F.pad(x, (max(0, -left), max(0, right), max(0, -top), max(0, below)))
+    return padded[:, :, max(0, top) :, max(0, left) :][:, :, :height, :width]
+
+
 def _convolve(x: Tensor, weight: Tensor, arguments: Sequence[int], size: tuple[int, int]) -> Tensor:
     transposed, oy, ox, step, stride, count, *flat = arguments
     masked = torch.zeros_like(weight)
@@ -393,11 +400,9 @@ def _convolve(x: Tensor, weight: Tensor, arguments: Sequence[int], size: tuple[i
         masked[:, :, i, j] = weight[:, :, i, j]
     (height, width), (rows, columns) = size, weight.shape[2:]
     if transposed:
-        full = F.conv_transpose2d(x, masked.transpose(0, 1), stride=2)
-        return F.pad(full, (ox, width - ox - full.size(3), oy, height - oy - full.size(2)))
-    right = stride * (width - 1) + step * (columns - 1) + 1 - x.size(3) + ox
-    below = stride * (height - 1) + step * (rows - 1) + 1 - x.size(2) + oy
-    return F.conv2d(F.pad(x, (-ox, right, -oy, below)), masked, stride=stride, dilation=step)
+        return _window(F.conv_transpose2d(x, masked.transpose(0, 1), stride=2), -oy, -ox, height, width)
+    seen = (stride * (size - 1) + step * (taps - 1) + 1 for size, taps in ((height, rows), (width, columns)))
+    return F.conv2d(_window(x, oy, ox, *seen), masked, stride=stride, dilation=step)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int, strict: int) -> Tensor:

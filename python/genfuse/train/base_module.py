@@ -64,7 +64,7 @@ class Plan:
         return step - sum(self.stage_steps[:stage]), self.stage_steps[stage]
 
 
-class BatchStream(IterableDataset[Tensor]):
+class BatchStream(IterableDataset[Any]):
     """The batches of global steps ``first_step()``, ``first_step() + 1``, ...: this process's rows of each.
 
     Args:
@@ -76,7 +76,7 @@ class BatchStream(IterableDataset[Tensor]):
 
     def __init__(
         self,
-        read: Callable[[int, slice], Tensor],
+        read: Callable[[int, slice], Any],
         batch_size: int,
         rank: int,
         world: int,
@@ -86,7 +86,7 @@ class BatchStream(IterableDataset[Tensor]):
         share = batch_size // world
         self._rows = slice(rank * share, (rank + 1) * share)
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Any]:
         step = self._first_step()
         while True:
             yield self._read(step, self._rows)
@@ -118,20 +118,22 @@ class EpochPlan(Plan):
         super().__init__([number * steps for number in epochs], apart * steps // evaluations)
 
 
-class HeldOut(IterableDataset[Tensor]):
-    """Held-out images or rows, some hundreds at a time.
+class HeldOut(IterableDataset[Any]):
+    """Held-out images or rows, some hundreds at a time; with `labels`, pairs of them and theirs.
 
     Attributes:
         counts: whether this process's items count; False where there are fewer items than processes.
     """
 
-    def __init__(self, items: Tensor, rank: int, world: int, at_once: int = 500) -> None:
+    def __init__(self, items: Tensor, rank: int, world: int, at_once: int = 500, labels: Tensor | None = None) -> None:
         self.counts = rank < len(items)
-        self._items = items[rank::world] if self.counts else items[:1]
+        mine = slice(rank, None, world) if self.counts else slice(1)
+        self._items, self._labels = items[mine], None if labels is None else labels[mine]
         self._at_once = at_once
 
-    def __iter__(self) -> Iterator[Tensor]:
-        yield from torch.split(self._items, self._at_once)
+    def __iter__(self) -> Iterator[Any]:
+        parts = torch.split(self._items, self._at_once)
+        yield from parts if self._labels is None else zip(parts, torch.split(self._labels, self._at_once), strict=True)
 
     def __len__(self) -> int:
         return math.ceil(len(self._items) / self._at_once)
@@ -149,14 +151,14 @@ class RunData(pl.LightningDataModule):
         self.batch_size = batch_size
 
     @abstractmethod
-    def read(self, step: int, rows: slice) -> Tensor:
+    def read(self, step: int, rows: slice) -> Any:
         """These rows of the batch of global step `step`."""
 
     @abstractmethod
     def held_out(self, rank: int, world: int) -> IterableDataset[Any]:
         """What process `rank` of `world` evaluates."""
 
-    def train_dataloader(self) -> DataLoader[Tensor]:
+    def train_dataloader(self) -> DataLoader[Any]:
         trainer: Any = self.trainer
         stream = BatchStream(
             self.read, self.batch_size, trainer.global_rank, trainer.world_size, lambda: int(trainer.global_step)

@@ -33,10 +33,12 @@ __all__ = [
     "SavedFlow",
     "SavedImageModel",
     "SavedModel",
+    "SavedPixelModel",
     "load_any",
     "load_flow",
     "load_image_model",
     "load_model",
+    "load_pixel_model",
     "replacing",
     "save_weights",
     "write_text",
@@ -85,7 +87,14 @@ FLOWS = Format(
     ("RealNVP", "Glow", "NeuralSplineFlow", "MAF", "IAF"),
     "genfuse.reference.flow.models",
 )
-FORMATS = {known.name: known for known in (LANGUAGE, IMAGES, FLOWS)}
+PIXELS = Format(
+    "genfuse autoregressive image model 1",
+    "autoregressive image model",
+    ("format", "model", "arguments"),
+    ("PixelCNN", "GatedPixelCNN", "PixelCNNPlusPlus", "PixelSNAIL"),
+    "genfuse.reference.masked_conv.models",
+)
+FORMATS = {known.name: known for known in (LANGUAGE, IMAGES, FLOWS, PIXELS)}
 _TEMPORARY = ".unfinished"
 
 
@@ -222,7 +231,17 @@ class SavedFlow:
     folder: Path
 
 
-Saved = SavedModel | SavedImageModel | SavedFlow
+@dataclass(frozen=True)
+class SavedPixelModel:
+    """An autoregressive model of images read from disk, in eval mode, with its config and what was measured then."""
+
+    model: Any
+    config: dict[str, Any]
+    metadata: dict[str, str]
+    folder: Path
+
+
+Saved = SavedModel | SavedImageModel | SavedFlow | SavedPixelModel
 
 
 def read_config(folder: Path, wanted: Format | None = None) -> dict[str, Any]:
@@ -279,6 +298,14 @@ def load_flow(path: str | os.PathLike[str], device: str = "cpu") -> SavedFlow:
     saved = load_any(path, device)
     if not isinstance(saved, SavedFlow):
         raise UserError(f"{path} holds a {saved.config['model']}, and this command wants a flow.")
+    return saved
+
+
+def load_pixel_model(path: str | os.PathLike[str], device: str = "cpu") -> SavedPixelModel:
+    """Load the best PixelCNN or its kin of a run: arguments and errors are those of `load_model`."""
+    saved = load_any(path, device)
+    if not isinstance(saved, SavedPixelModel):
+        raise UserError(f"{path} holds a {saved.config['model']}, and this command wants an {PIXELS.noun}.")
     return saved
 
 
@@ -361,10 +388,19 @@ def _flow(state: dict[str, Tensor], config: dict[str, Any], metadata: dict[str, 
     return SavedFlow(model, standardization, config, metadata, folder)
 
 
+def _pixel_model(
+    state: dict[str, Tensor], config: dict[str, Any], metadata: dict[str, str], folder: Path
+) -> SavedPixelModel:
+    model = model_class(config["model"])(**config["arguments"])
+    model.load_state_dict(state)
+    return SavedPixelModel(model, config, metadata, folder)
+
+
 _READERS: dict[str, Callable[..., Saved]] = {
     LANGUAGE.name: _language_model,
     IMAGES.name: _image_model,
     FLOWS.name: _flow,
+    PIXELS.name: _pixel_model,
 }
 
 
@@ -375,6 +411,13 @@ def model_class(name: str, implementation: str = "genfuse") -> Any:
     known = next(known for known in FORMATS.values() if name in known.models)
     module = "genfuse.models" if implementation == "genfuse" else known.twins
     return getattr(importlib.import_module(module), name)
+
+
+def twin_of(model: Any, arguments: dict[str, Any]) -> Any:
+    """The model's twin in plain PyTorch, with the same weights."""
+    twin = model_class(type(model).__name__, "torch")(**arguments)
+    twin.load_state_dict(model.state_dict())
+    return twin
 
 
 def first_line(error: BaseException) -> str:

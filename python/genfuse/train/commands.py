@@ -23,7 +23,8 @@ app = typer.Typer(
 )
 app.add_typer(train, name="train")
 
-TEXT, IMAGES, FLOWS = "Language models", "Image models", "Image models and flows"
+TEXT, FLOWS = "Language models", "Image models and flows"
+LATENTS, PIXELS = "Image models with latents", "Autoregressive image models"
 
 
 @app.callback(invoke_without_command=True)
@@ -70,12 +71,31 @@ def sample(
     count: Annotated[int, typer.Option(help="How many images or rows.", rich_help_panel=FLOWS)] = 100,
     pixels: Annotated[
         bool,
-        typer.Option("--pixels", help="Draw the pixels, too, instead of showing their means.", rich_help_panel=IMAGES),
+        typer.Option("--pixels", help="Draw the pixels, too, instead of showing their means.", rich_help_panel=LATENTS),
     ] = False,
+    label: Annotated[
+        int | None, typer.Option(help="Class of all images; by default each in turn.", rich_help_panel=PIXELS)
+    ] = None,
+    complete: Annotated[
+        bool,
+        typer.Option("--complete", help="Complete images of which the first rows are given.", rich_help_panel=PIXELS),
+    ] = False,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|DIR",
+            help="The images to complete; by default the test part of the run's own.",
+            rich_help_panel=PIXELS,
+        ),
+    ] = None,
+    rows: Annotated[
+        int | None,
+        typer.Option(help="How many are given; by default the upper half.", rich_help_panel=PIXELS, show_default=False),
+    ] = None,
 ) -> None:
     """Write text, a picture or a table with a trained model."""
     require("sampling", "safetensors")
-    from .checkpoint import SavedFlow, SavedImageModel, load_any
+    from .checkpoint import SavedFlow, SavedImageModel, SavedPixelModel, load_any
 
     saved = load_any(checkpoint)
     if isinstance(saved, SavedFlow):
@@ -92,6 +112,15 @@ def sample(
 
         sample_images(saved, out, count=count, pixels=pixels, seed=seed)
         print(f"{count} images in {out}")
+        return
+    if isinstance(saved, SavedPixelModel):
+        _only(context, saved.config["model"], ("seed", "out", "count", "label", "complete", "data", "rows"))
+        from .pixelcnn_run import sample_pixel_model
+
+        drawn = sample_pixel_model(
+            saved, out, count=count, seed=seed, label=label, complete=complete, data=data, rows=rows
+        )
+        print(f"{drawn} {'completed ' if complete else ''}images in {out}")
         return
     _only(context, saved.config["model"], ("seed", "prompt", "length", "temperature", "top_k", "top_p"))
     from .run import sample as continue_text
@@ -114,17 +143,17 @@ def evaluate(
         typer.Option(metavar="FILE|DIR", help="What to score; by default the held-out part of the run's own data."),
     ] = None,
     nll_samples: Annotated[
-        int, typer.Option(help="Of the importance-weighted likelihood, for each image.", rich_help_panel=IMAGES)
+        int, typer.Option(help="Of the importance-weighted likelihood, for each image.", rich_help_panel=LATENTS)
     ] = 5000,
     limit: Annotated[
         int | None, typer.Option(metavar="N", help="Score the first N images or rows only.", rich_help_panel=FLOWS)
     ] = None,
 ) -> None:
-    """Score a model: bits per character, perplexity, BLEU of samples; of images, ELBO and NLL; of flows, NLL."""
+    """Score a model: of text bits per character, perplexity, BLEU of samples; of VAEs ELBO and NLL; of others NLL."""
     require("evaluating", "lightning", "torchmetrics", "safetensors")
     import torch
 
-    from .checkpoint import SavedFlow, SavedImageModel, load_any
+    from .checkpoint import SavedFlow, SavedImageModel, SavedPixelModel, load_any
 
     saved = load_any(checkpoint)
     if isinstance(saved, SavedFlow):
@@ -148,6 +177,17 @@ def evaluate(
         figures = evaluate_images(saved, data, num_samples=nll_samples, limit=limit, progress=sys.stdout.isatty())
         print(f"images  {figures['data']}: {figures['images']:,}{', binarised' if figures['binarized'] else ''}")
         for line in figures_for_people(figures):
+            print(line)
+        return
+    if isinstance(saved, SavedPixelModel):
+        _only(context, saved.config["model"], ("data", "limit"))
+        from . import pixelcnn_run
+
+        if torch.cuda.is_available():
+            saved.model.cuda()
+        figures = pixelcnn_run.evaluate_pixel_model(saved, data, limit=limit, progress=sys.stdout.isatty())
+        print(f"data  {figures['data']}: {figures['images']:,} images of {figures['levels']} levels")
+        for line in pixelcnn_run.figures_for_people(figures, figures["levels"]):
             print(line)
         return
     _only(context, saved.config["model"], ("data",))
@@ -178,7 +218,7 @@ def info(
     """Describe a trained model, or this installation."""
     if checkpoint is not None:
         require("reading a checkpoint", "safetensors")
-        from .checkpoint import SavedFlow, SavedImageModel, load_any
+        from .checkpoint import SavedFlow, SavedImageModel, SavedPixelModel, load_any
 
         saved = load_any(checkpoint)
         if isinstance(saved, SavedFlow):
@@ -189,6 +229,10 @@ def info(
             from .image_run import describe_image_model
 
             _table(describe_image_model(saved))
+        elif isinstance(saved, SavedPixelModel):
+            from .pixelcnn_run import describe_pixel_model
+
+            _table(describe_pixel_model(saved))
         else:
             from .run import describe
 

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from . import checkpoint
 from .checkpoint import (
     CONFIG,
     FLOWS,
@@ -42,7 +43,7 @@ from .flow_plots import (
 )
 from .grids import draw_samples
 from .images import Images, load_images
-from .measure import Measure
+from .measure import Measure, bits_per_dim
 from .settings import (
     IMAGE_SETS,
     TABLE_SETS,
@@ -95,9 +96,9 @@ def train_flow(name: str, given: dict[str, Any], **options: Any) -> dict[str, An
 
 def twin_of(model: Any, arguments: dict[str, Any]) -> torch.nn.Module:
     """The same model in plain PyTorch, with the same weights; it stores what a reversible one recomputes."""
-    arguments = {name: value for name, value in arguments.items() if name != "reversible"}
-    twin: torch.nn.Module = model_class(type(model).__name__, "torch")(**arguments)
-    twin.load_state_dict(model.state_dict())
+    twin: torch.nn.Module = checkpoint.twin_of(
+        model, {name: value for name, value in arguments.items() if name != "reversible"}
+    )
     return twin
 
 
@@ -308,11 +309,6 @@ JOBS: tuple[type[FlowJob], ...] = (RealNVPJob, GlowJob, NSFJob, MAFJob, IAFJob)
 
 def _listed(sizes: Sequence[int]) -> str:
     return ", ".join(map(str, sizes))
-
-
-def bits_per_dim(shape: Sequence[int]) -> float:
-    """Bits per dimension of one nat per image."""
-    return 1.0 / (math.prod(shape) * math.log(2.0))
 
 
 def _number(values: NDArray[np.float64], quantile: float) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from .checkpoint import replacing
 
-__all__ = ["draw_interpolation", "draw_reconstructions", "draw_samples", "grid", "write_png"]
+__all__ = ["draw_completions", "draw_interpolation", "draw_reconstructions", "draw_samples", "grid", "write_png"]
 
 CELL = 56  # pixels of the file for an image's longer side, about
 GAP = 2
@@ -72,6 +73,26 @@ def draw_reconstructions(path: Path, model: Any, images: Tensor, columns: int = 
     shape = (len(images) // columns, columns, *images.shape[1:])
     pairs = torch.stack([images.view(shape), model.reconstruct(images).view(shape)], 1)
     write_png(path, grid(pairs.flatten(0, 1)))
+
+
+def draw_completions(path: Path, images: Tensor, completions: Sequence[Tensor], kept: int, columns: int = 10) -> None:
+    """Write rows as a PNG: images, what was given of each, the rest of it grey, and completions of that.
+
+    Args:
+        path: of the PNG.
+        images: ``[N, C, H, W]`` in [0, 1].
+        completions: of these, each of the same shape.
+        kept: rows of pixels that were given.
+        columns: at most; what does not fit beside them follows below.
+    """
+    given = images.clone()
+    given[:, :, kept:] = 0.5
+    rows = []
+    for some in torch.split(torch.arange(len(images)), columns):
+        for row in (images, given, *completions):
+            white = images.new_ones(min(columns, len(images)) - len(some), *images.shape[1:])
+            rows.append(torch.cat([row[some], white]))
+    write_png(path, grid(torch.stack(rows)))
 
 
 def draw_interpolation(path: Path, model: Any, images: Tensor, steps: int = 10) -> None:

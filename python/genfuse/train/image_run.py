@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,13 +20,14 @@ from .checkpoint import (
     make_config,
     model_class,
     model_hash,
+    twin_of,
     write_json,
 )
 from .engine import Job, Outcome, duration, train
 from .errors import UserError, memory_for
 from .grids import draw_interpolation, draw_reconstructions, draw_samples
 from .images import ImageData, Images, as_model_sees, load_images
-from .measure import Measure
+from .measure import Measure, bits_per_dim
 from .settings import (
     IMAGE_SETS,
     HierarchicalVAESettings,
@@ -122,9 +122,7 @@ class ImageJob(Job):
         from .image_module import ImageModule, ImageRunData, VQVAEModule
 
         if self.settings.implementation == "torch":
-            twin = model_class(self.model, "torch")(**self.arguments)
-            twin.load_state_dict(model.state_dict())  # the same beginning
-            model = twin
+            model = twin_of(model, self.arguments)
         kind = VQVAEModule if isinstance(self, VQVAEJob) else ImageModule
         return kind(model, self.settings, self.batches), ImageRunData(self.data, self.batches.order)
 
@@ -259,11 +257,6 @@ def how_pixels_are_modelled(settings: ImageSettings, source: Images) -> tuple[st
     return likelihood, likelihood == "bernoulli" and settings.binarize != "none"
 
 
-def bits_per_dim(shape: Iterable[int]) -> float:
-    """Bits per dimension of one nat per image."""
-    return 1.0 / (math.prod(shape) * math.log(2.0))
-
-
 # Scoring and sampling.
 
 
@@ -378,23 +371,33 @@ def sample_images(
     Raises:
         UserError: an option is out of its range, or the file cannot be written.
     """
-    if count < 1:
-        raise UserError(f"--count must be at least 1, not {count}.")
-    if seed is not None and not -(2**63) <= seed < 2**64:  # what torch takes
-        raise UserError(f"--seed must be a number of 64 bits, not {seed}.")
+    generator = check_sampling(count, seed, next(saved.model.parameters()).device)
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out} must be a .png file.")
-    generator = torch.Generator(next(saved.model.parameters()).device)
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
     with memory_for(f"a picture of --count {count}"):
         images = saved.model.sample(count, generator=generator, sample_pixels=pixels)
         try:
             draw_samples(out, images)
         except OSError as error:
             raise UserError(f"cannot write {out}: {(error.strerror or str(error)).lower()}.") from None
+
+
+def check_sampling(count: int, seed: int | None, device: torch.device) -> torch.Generator:
+    """What ``genfuse sample`` draws with: a generator of `seed`, or of any where that is None.
+
+    Raises:
+        UserError: there is nothing to draw, or torch takes no such seed.
+    """
+    if count < 1:
+        raise UserError(f"--count must be at least 1, not {count}.")
+    if seed is not None and not -(2**63) <= seed < 2**64:
+        raise UserError(f"--seed must be a number of 64 bits, not {seed}.")
+    generator = torch.Generator(device)
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return generator
 
 
 def evaluate_images(

@@ -16,7 +16,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -468,7 +468,7 @@ def _grey(pixels: Pixels) -> Pixels:
 # What a run sees of them.
 
 
-def _generator(seed: int, number: int) -> np.random.Generator:
+def philox(seed: int, number: int) -> np.random.Generator:
     """NumPy's counter-based Philox, keyed by two numbers of 64 bits (which a list of them would make floats of)."""
     return np.random.Generator(np.random.Philox(key=np.array([seed, number], np.uint64)))
 
@@ -518,7 +518,7 @@ class ImageData:
             number = len(source.pixels)
             if number < 2:
                 raise UserError(f"{source.name} is too small: it has {number} image, and at least 2 are needed.")
-            order = _generator(split_seed, 0).permutation(number)
+            order = philox(split_seed, 0).permutation(number)
             cut = min(max(round(number * (0.1 if held_out is None else held_out)), 1), number - 1)
             kept, self.train = source.pixels[np.sort(order[:cut])], source.pixels[np.sort(order[cut:])]
             self.split = f"drawn with seed {split_seed}"
@@ -528,9 +528,17 @@ class ImageData:
 def as_model_sees(pixels: Pixels, levels: int, seed: int | None) -> Tensor:
     """Float32 in [0, 1]; where `seed` is given, bits that are drawn with it."""
     if seed is not None:
-        pixels = binarise(pixels, levels, _generator(seed, NUMBER_OF_HELD_OUT_BITS))
+        pixels = binarise(pixels, levels, philox(seed, NUMBER_OF_HELD_OUT_BITS))
         levels = 2
     return torch.from_numpy(pixels.astype(np.float32) / (levels - 1))
+
+
+class TrainingImages(Protocol):
+    """Images to learn from: uint8 ``[N, C, H, W]`` from 0 to ``levels - 1``, and whether bits are drawn from them."""
+
+    train: Pixels
+    levels: int
+    binary: bool
 
 
 class ImageBatches:
@@ -544,14 +552,19 @@ class ImageBatches:
         ((16, 1, 8, 8), [0.0, 1.0])
     """
 
-    def __init__(self, data: ImageData, order: BatchOrder) -> None:
+    def __init__(self, data: TrainingImages, order: BatchOrder) -> None:
         self.data, self.order = data, order
 
-    def read(self, step: int, rows: slice) -> Tensor:
-        """Float32 ``[rows, C, H, W]`` of the batch of global step `step`."""
+    def pixels(self, step: int, rows: slice) -> Pixels:
+        """uint8 ``[rows, C, H, W]`` of the batch of global step `step`: bits, or whole numbers of the data's levels."""
         data = self.data
-        pixels, levels = data.train[self.order.rows(step)], data.levels
+        pixels = data.train[self.order.rows(step)]
         if data.binary:
             # For the whole batch, so that the bits do not depend on how many processes share it.
-            pixels, levels = binarise(pixels, levels, _generator(self.order.seed, WHOLE_SPACE + step)), 2
-        return torch.from_numpy(pixels[rows].astype(np.float32) / np.float32(levels - 1))
+            pixels = binarise(pixels, data.levels, philox(self.order.seed, WHOLE_SPACE + step))
+        return pixels[rows]
+
+    def read(self, step: int, rows: slice) -> Tensor:
+        """The same as float32 in [0, 1]."""
+        levels = 2 if self.data.binary else self.data.levels
+        return torch.from_numpy(self.pixels(step, rows).astype(np.float32) / np.float32(levels - 1))

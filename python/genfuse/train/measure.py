@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-__all__ = ["Measure"]
+__all__ = ["Measure", "bits_per_dim"]
+
+
+def bits_per_dim(shape: Iterable[int]) -> float:
+    """Bits per dimension of one nat per image of this shape.
+
+    Example:
+        >>> round(bits_per_dim((1, 2, 2)), 4)
+        0.3607
+    """
+    return 1.0 / (math.prod(shape) * math.log(2.0))
 
 
 @dataclass(frozen=True)

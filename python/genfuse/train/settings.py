@@ -16,12 +16,17 @@ __all__ = [
     "CELLS",
     "LEVELS",
     "FlowSettings",
+    "GatedPixelCNNSettings",
     "GlowSettings",
     "HierarchicalVAESettings",
     "ImageSettings",
     "LanguageModelSettings",
     "MAFSettings",
     "NSFSettings",
+    "PixelCNNPlusPlusSettings",
+    "PixelCNNSettings",
+    "PixelSNAILSettings",
+    "PixelSettings",
     "RealNVPSettings",
     "Settings",
     "VAESettings",
@@ -50,6 +55,7 @@ class Settings:
         extendable: settings that a run may be resumed with another value of.
         option_names: the command line's spelling, where it is not the setting's own.
         sizes: settings that are several whole numbers.
+        may_be_empty: those of them that may be none at all.
     """
 
     held_out: float | None
@@ -65,6 +71,7 @@ class Settings:
     extendable: ClassVar[tuple[str, ...]] = ("epochs",)
     option_names: ClassVar[dict[str, str]] = {}
     sizes: ClassVar[tuple[str, ...]] = ()
+    may_be_empty: ClassVar[tuple[str, ...]] = ()
 
     @property
     def stage_epochs(self) -> tuple[int, ...]:
@@ -97,7 +104,7 @@ class Settings:
         for name in self.sizes:
             value = self.parse(name, getattr(self, name))
             object.__setattr__(self, name, value)
-            if not value or min(value) < 1:
+            if min(value, default=1 if name in self.may_be_empty else 0) < 1:
                 raise UserError(f"{self.option(name)} must be whole numbers of at least 1.")
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
@@ -379,22 +386,22 @@ class VQVAESettings(ImageSettings):
 
 
 @dataclass(frozen=True)
-class FlowSettings(Settings):
-    """Settings that the commands for flows have in common.
+class PartSettings(Settings):
+    """Settings of runs whose data are divided in three: to learn from, to choose the best model, to test it.
 
     Raises:
         UserError: a value is out of its range.
     """
 
-    data: str = "moons"
+    data: str = "digits"
     image_size: int | None = None
     grey: bool = False
     held_out: float | None = None
     split_seed: int = 0
     implementation: str = "genfuse"
-    batch_size: int = 256
-    epochs: int = 40
-    learning_rate: float = 3e-3
+    batch_size: int = 64
+    epochs: int = 50
+    learning_rate: float = 1e-3
     weight_decay: float = 0.0
     clip: float = 5.0
     seed: int = 0
@@ -402,7 +409,6 @@ class FlowSettings(Settings):
 
     data_kind: ClassVar[str] = "data"
     counts: ClassVar[tuple[str, ...]] = ()  # settings of the model that are whole numbers of at least 1
-    takes: ClassVar[tuple[str, ...]] = ("images", "tables")
 
     def __post_init__(self) -> None:
         self._check_sizes()
@@ -417,6 +423,22 @@ class FlowSettings(Settings):
             raise UserError(
                 f"--held-out is kept twice, for choosing and for testing: it must be below 0.5, not {self.held_out}."
             )
+
+
+@dataclass(frozen=True)
+class FlowSettings(PartSettings):
+    """Settings that the commands for flows have in common.
+
+    Raises:
+        UserError: a value is out of its range.
+    """
+
+    data: str = "moons"
+    batch_size: int = 256
+    epochs: int = 40
+    learning_rate: float = 3e-3
+
+    takes: ClassVar[tuple[str, ...]] = ("images", "tables")
 
     def model_arguments(self, shape: tuple[int, ...], levels: int) -> dict[str, Any]:
         """Keyword arguments of the model's class.
@@ -522,6 +544,160 @@ class MAFSettings(VectorFlowSettings):
         # Without something to normalise between them the layers learn far more slowly (Papamakarios et al. 2017 have
         # batch normalisation there): on two half moons 1.46 nats after as many steps, and with it 1.05.
         return {**super().model_arguments(shape, levels), "actnorm": True}
+
+
+@dataclass(frozen=True)
+class PixelSettings(PartSettings):
+    """Settings that the commands for autoregressive models of images have in common.
+
+    Raises:
+        UserError: a value is out of its range.
+    """
+
+    binary: bool = False
+    levels: int | None = None
+    conditional: bool = False
+    clip: float = 1.0
+
+    data_kind: ClassVar[str] = "images"
+    shares: ClassVar[tuple[str, ...]] = ()  # settings of the model that are probabilities
+    arguments: ClassVar[tuple[str, ...]] = ()  # settings that the model's class takes by the same name
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.levels is not None:
+            if self.binary:
+                raise UserError("--binary makes pixels of two levels: leave out --levels.")
+            if not 2 <= self.levels <= 256:
+                raise UserError(f"--levels must be from 2 to 256, not {self.levels}.")
+        for name in self.shares:
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise UserError(
+                    f"{self.option(name)} is a probability: it must be in [0, 1), not {getattr(self, name)}."
+                )
+
+    def levels_of(self, levels: int) -> int:
+        """How many values a pixel of the model has, for data of `levels`."""
+        if self.binary:
+            return 2
+        return levels if self.levels is None else self.levels
+
+    def model_arguments(self, shape: tuple[int, ...], levels: int, classes: int | None) -> dict[str, Any]:
+        """Keyword arguments of the model's class.
+
+        Args:
+            shape: (channels, height, width).
+            levels: how many values a pixel has.
+            classes: how many there are; None for a model that knows of none.
+        """
+        values = {name: getattr(self, name) for name in self.arguments}
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        size = {"in_channels": shape[0], "image_size": list(shape[1:])}
+        return {**size, **values, "levels": levels, "num_classes": classes}
+
+
+@dataclass(frozen=True)
+class PixelCNNSettings(PixelSettings):
+    """Settings of ``genfuse train pixelcnn``; the defaults suit scikit-learn's digits and two CPU cores."""
+
+    channels: int = 64
+    num_layers: int = 6
+    kernel_size: int = 5
+    head_channels: tuple[int, ...] = ()
+    residual: bool = False
+
+    option_names: ClassVar[dict[str, str]] = {"num_layers": "layers"}
+    sizes: ClassVar[tuple[str, ...]] = ("head_channels",)
+    may_be_empty: ClassVar[tuple[str, ...]] = ("head_channels",)
+    counts: ClassVar[tuple[str, ...]] = ("channels", "num_layers", "kernel_size")
+    arguments: ClassVar[tuple[str, ...]] = ("channels", "num_layers", "kernel_size", "head_channels", "residual")
+
+
+@dataclass(frozen=True)
+class GatedPixelCNNSettings(PixelSettings):
+    """Settings of ``genfuse train gated-pixelcnn``; the defaults suit scikit-learn's digits and two CPU cores."""
+
+    channels: int = 48
+    num_layers: int = 6
+    kernel_size: int = 3
+    first_kernel_size: int = 7
+    head_channels: tuple[int, ...] = ()
+    skip: bool = False
+
+    option_names: ClassVar[dict[str, str]] = {"num_layers": "layers"}
+    sizes: ClassVar[tuple[str, ...]] = ("head_channels",)
+    may_be_empty: ClassVar[tuple[str, ...]] = ("head_channels",)
+    counts: ClassVar[tuple[str, ...]] = ("channels", "num_layers", "kernel_size", "first_kernel_size")
+    arguments: ClassVar[tuple[str, ...]] = (
+        *("channels", "num_layers", "kernel_size", "first_kernel_size"),
+        *("head_channels", "skip"),
+    )
+
+
+@dataclass(frozen=True)
+class MixtureSettings(PixelSettings):
+    """Settings of the models whose pixels are mixtures of logistics, over a power of two levels."""
+
+    nr_resnet: int = 2
+    nr_filters: int = 32
+    nr_logistic_mix: int = 5
+    dropout: float = 0.0
+
+    option_names: ClassVar[dict[str, str]] = {
+        "nr_resnet": "resnets",
+        "nr_filters": "filters",
+        "nr_logistic_mix": "mixtures",
+        "nr_blocks": "blocks",
+    }
+    counts: ClassVar[tuple[str, ...]] = ("nr_resnet", "nr_filters")
+    shares: ClassVar[tuple[str, ...]] = ("dropout",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_at_least(0, "nr_logistic_mix")
+        if self.levels is not None and self.nr_logistic_mix and self.levels & (self.levels - 1):
+            raise UserError(
+                f"--levels {self.levels} is no power of 2, which a mixture of logistics wants: choose one, or take a "
+                "probability for each level with --mixtures 0."
+            )
+
+    def levels_of(self, levels: int) -> int:
+        levels = super().levels_of(levels)
+        return 1 << (levels.bit_length() - 1) if self.nr_logistic_mix else levels
+
+    def model_arguments(self, shape: tuple[int, ...], levels: int, classes: int | None) -> dict[str, Any]:
+        arguments = super().model_arguments(shape, levels, classes)
+        return {**arguments, "nr_logistic_mix": self.nr_logistic_mix or None}
+
+
+@dataclass(frozen=True)
+class PixelCNNPlusPlusSettings(MixtureSettings):
+    """Settings of ``genfuse train pixelcnn++``; the defaults suit scikit-learn's digits and two CPU cores."""
+
+    scales: int = 2
+
+    counts: ClassVar[tuple[str, ...]] = ("nr_resnet", "nr_filters", "scales")
+    arguments: ClassVar[tuple[str, ...]] = ("nr_resnet", "nr_filters", "nr_logistic_mix", "dropout", "scales")
+
+
+@dataclass(frozen=True)
+class PixelSNAILSettings(MixtureSettings):
+    """Settings of ``genfuse train pixelsnail``; the defaults suit scikit-learn's digits and two CPU cores."""
+
+    nr_blocks: int = 2
+    key_channels: int = 16
+    num_heads: int = 1
+
+    option_names: ClassVar[dict[str, str]] = {
+        **MixtureSettings.option_names,
+        "key_channels": "keys",
+        "num_heads": "heads",
+    }
+    counts: ClassVar[tuple[str, ...]] = ("nr_blocks", "nr_resnet", "nr_filters", "key_channels", "num_heads")
+    arguments: ClassVar[tuple[str, ...]] = (
+        *("nr_blocks", "nr_resnet", "nr_filters", "nr_logistic_mix"),
+        *("key_channels", "num_heads", "dropout"),
+    )
 
 
 def process_rank() -> int:

@@ -6,6 +6,8 @@ from .flow import IAF, MAF, FlowModel, Glow, NeuralSplineFlow, RealNVP
 from .hierarchical_vae import HierarchicalVAE
 from .language_model import LSTMLanguageModel
 from .pixelcnn import GatedPixelCNN, PixelCNN
+from .pixelcnn_plus_plus import PixelCNNPlusPlus
+from .pixelsnail import PixelSNAIL
 from .vae import VAE
 from .vqvae import VQVAE
 
@@ -21,5 +23,7 @@ __all__ = [
     "LSTMLanguageModel",
     "NeuralSplineFlow",
     "PixelCNN",
+    "PixelCNNPlusPlus",
+    "PixelSNAIL",
     "RealNVP",
 ]

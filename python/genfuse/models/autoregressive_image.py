@@ -186,8 +186,8 @@ class AutoregressiveImageModel(torch.nn.Module):
         if self.likelihood != "categorical":
             return out
         if self.channel_order == "contiguous":
-            return out.unflatten(1, (self.in_channels, self.levels))
-        return out.unflatten(1, (self.levels, self.in_channels)).transpose(1, 2)
+            return out.view(out.size(0), self.in_channels, self.levels, *out.shape[2:])
+        return out.view(out.size(0), self.levels, self.in_channels, *out.shape[2:]).transpose(1, 2)
 
     def forward(self, x: Tensor, labels: Tensor | int | None = None) -> Tensor:
         """Parameters of the distribution of each pixel, given those before it.

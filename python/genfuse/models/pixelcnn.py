@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -26,8 +27,7 @@ def _head(ins: int, hidden: Sequence[int], outs: int, groups: int, order: str) -
     """1x1 convolutions, each of which sees of the pixel's channels those up to its own."""
     widths = [ins, *hidden, outs]
     layers = [
-        nn.MaskedConv2d("B", a, b, 1, channel_groups=groups, channel_order=order)
-        for a, b in zip(widths[:-1], widths[1:], strict=True)
+        nn.MaskedConv2d("B", a, b, 1, channel_groups=groups, channel_order=order) for a, b in itertools.pairwise(widths)
     ]
     return torch.nn.ModuleList(layers)
 
@@ -247,8 +247,8 @@ class GatedPixelCNN(AutoregressiveImageModel):
     """Two stacks of masked convolutions with gates: a vertical one that sees the rows above, and a horizontal one that
     sees the row up to the pixel and the vertical one. It has no blind spot.
 
-    Van den Oord, Kalchbrenner, Vinyals, Espeholt, Graves and Kavukcuoglu 2016 (arXiv 1606.05328), figure 2; with labels,
-    eq. 4 in both stacks. The first layer has no residual connection, as its input holds the pixel itself.
+    Van den Oord et al. 2016 (arXiv 1606.05328), figure 2; with labels, eq. 4 in both stacks.
+    The first layer has no residual connection, as its input holds the pixel itself.
     `genfuse.reference.masked_conv.models` has the same model in plain PyTorch, with the same ``state_dict``.
 
     Args:

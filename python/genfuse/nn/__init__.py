@@ -28,7 +28,18 @@ from .flow import (
     Transform,
     checkerboard_mask,
 )
-from .masked_conv import ConcatELU, GatedActivation, MaskedConv2d
+from .masked_conv import (
+    ConcatELU,
+    DownRightShiftedConv2d,
+    DownRightShiftedConvTranspose2d,
+    DownShiftedConv2d,
+    DownShiftedConvTranspose2d,
+    GatedActivation,
+    GatedResNet,
+    MaskedConv2d,
+    NetworkInNetwork,
+    WeightNormConv2d,
+)
 from .recurrent import GRU, LSTM, GRUCell, LayerNormLSTM, LSTMCell
 from .sampling import GaussianReparameterization, GumbelSoftmax, VectorQuantizer
 
@@ -43,9 +54,14 @@ __all__ = [
     "ConcatELU",
     "ConvNet",
     "DequantizeLogit",
+    "DownRightShiftedConv2d",
+    "DownRightShiftedConvTranspose2d",
+    "DownShiftedConv2d",
+    "DownShiftedConvTranspose2d",
     "Flow",
     "GRUCell",
     "GatedActivation",
+    "GatedResNet",
     "GaussianReparameterization",
     "GlowStep",
     "GumbelSoftmax",
@@ -59,6 +75,7 @@ __all__ = [
     "MaskedLinear",
     "MaskedSplineAutoregressive",
     "MultiScale",
+    "NetworkInNetwork",
     "Permutation",
     "ResidualNet",
     "SplineCoupling",
@@ -66,5 +83,6 @@ __all__ = [
     "Squeeze",
     "Transform",
     "VectorQuantizer",
+    "WeightNormConv2d",
     "checkerboard_mask",
 ]

@@ -1,14 +1,15 @@
 """The autoregressive image models in plain PyTorch: the definitions of `genfuse.models.PixelCNN`, `GatedPixelCNN`,
 `PixelCNNPlusPlus` and `PixelSNAIL`.
 
-Each twin has its original's arguments, ``state_dict`` and methods; the same ``state_dict``, images and uniforms give the
-same likelihoods, gradients and samples. They are written as the field writes them: weights times masks, halves by
+Each twin has its original's arguments, ``state_dict`` and methods; the same ``state_dict``, images and uniforms give
+the same likelihoods, gradients and samples. They are written as the field writes them: weights times masks, halves by
 ``chunk``, cross entropy over levels, the mixture of logistics as published, and one pass over the whole image for each
 pixel that is drawn.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -34,7 +35,7 @@ def _mixture_parts(x: Tensor, params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     channels = x.size(1)
     components = params.size(1) // (10 if channels == 3 else 3)
     log_weights = F.log_softmax(params[:, :components], 1)
-    rest = params[:, components:].unflatten(1, (channels, -1, components))  # B C kind M H W
+    rest = params[:, components:].reshape(params.size(0), channels, -1, components, *params.shape[2:])  # B C kind M H W
     means, log_scales = rest[:, :, 0], rest[:, :, 1].clamp(min=-7.0)
     if channels == 3:
         coefficients = rest[:, :, 2].tanh()
@@ -52,7 +53,7 @@ def _log_probability(x: Tensor, means: Tensor, log_scales: Tensor, levels: int) 
     upper = (x - means + half) * torch.exp(-log_scales)
     lower = (x - means - half) * torch.exp(-log_scales)
     width = 2.0 * half * torch.exp(-log_scales)
-    inside = -F.softplus(-upper) - F.softplus(lower) + torch.log(-torch.expm1(-width))
+    inside = F.logsigmoid(upper) + F.logsigmoid(-lower) + torch.log(-torch.expm1(-width))
     bottom, top = x <= -1.0 + half, x >= 1.0 - half
     return torch.where(bottom, F.logsigmoid(upper), torch.where(top, F.logsigmoid(-lower), inside))
 
@@ -138,8 +139,8 @@ class _Autoregressive(torch.nn.Module):
         if self.components is not None or self.levels == 2:
             return out
         if self.channel_order == "contiguous":
-            return out.unflatten(1, (self.in_channels, self.levels))
-        return out.unflatten(1, (self.levels, self.in_channels)).transpose(1, 2)
+            return out.view(out.size(0), self.in_channels, self.levels, *out.shape[2:])
+        return out.view(out.size(0), self.levels, self.in_channels, *out.shape[2:]).transpose(1, 2)
 
     def log_prob(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """ln p(x), ``[B]``, nats."""
@@ -244,7 +245,7 @@ class _MaskedConv2d(torch.nn.Conv2d):
         self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight * self.mask, self.bias, padding=self.padding)  # type: ignore[arg-type]
+        return F.conv2d(x, self.weight * self.mask, self.bias, padding=self.padding)
 
 
 def _embedding(num_classes: int, features: int) -> torch.nn.Embedding:
@@ -255,8 +256,7 @@ def _embedding(num_classes: int, features: int) -> torch.nn.Embedding:
 
 def _head(ins: int, hidden: Sequence[int], outs: int, groups: int, order: str) -> torch.nn.ModuleList:
     widths = [ins, *hidden, outs]
-    pairs = zip(widths[:-1], widths[1:], strict=True)
-    return torch.nn.ModuleList([_MaskedConv2d("B", a, b, 1, groups, order) for a, b in pairs])
+    return torch.nn.ModuleList([_MaskedConv2d("B", a, b, 1, groups, order) for a, b in itertools.pairwise(widths)])
 
 
 class PixelCNN(_Autoregressive):
@@ -524,7 +524,8 @@ class _GatedResNet(torch.nn.Module):
         if self.condition is not None:
             y = y + self.condition(labels)[:, :, None, None]
         a, b = y.chunk(2, 1)
-        return x + a * torch.sigmoid(b)
+        out: Tensor = x + a * torch.sigmoid(b)
+        return out
 
 
 class _Start(torch.nn.Module):
@@ -614,7 +615,7 @@ class PixelCNNPlusPlus(_Autoregressive):
 def _causal_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     """Scaled dot products with the pixels before, in raster order; zeros for the first pixel."""
     batch, _, height, width = value.shape
-    q, k, v = (part.flatten(2).unflatten(1, (heads, -1)).transpose(2, 3) for part in (query, key, value))
+    q, k, v = (part.reshape(batch, heads, -1, height * width).transpose(2, 3) for part in (query, key, value))
     scores = q @ k.transpose(2, 3) / math.sqrt(q.size(3))
     before = torch.ones(height * width, height * width, dtype=torch.bool, device=q.device).tril(-1)
     probabilities = F.softmax(scores.masked_fill(~before, -math.inf)[:, :, 1:], 3)

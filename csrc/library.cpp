@@ -84,6 +84,16 @@ STABLE_TORCH_LIBRARY(genfuse, m) {
   m.def(
       "discretized_gaussian_nll_backward(Tensor? grad, Tensor x, Tensor mean, Tensor scale, int batch_dims, "
       "bool log_std, int levels, int needs) -> (Tensor grad_x, Tensor grad_mean, Tensor grad_scale)");
+  // likelihood of pixels; codes of layout: csrc/likelihood/mixture.h
+  m.def(
+      "discretized_logistic_mixture_nll(Tensor x, Tensor params, int bits, bool openai, int layout, "
+      "float log_scale_min, bool by_pixel) -> Tensor");
+  m.def(
+      "discretized_logistic_mixture_nll_backward(Tensor? grad, Tensor x, Tensor params, int bits, bool openai, "
+      "int layout, float log_scale_min, bool by_pixel, int needs) -> (Tensor grad_x, Tensor grad_params)");
+  m.def(
+      "discretized_logistic_mixture_sample(Tensor params, Tensor? u, Tensor? rng, int channels, int bits, int layout, "
+      "float log_scale_min, float temperature, bool snap) -> Tensor");
   // flow: splines, an element each
   m.def(
       "spline(Tensor x, Tensor params, Tensor? heights, Tensor? derivatives, "
@@ -139,6 +149,14 @@ STABLE_TORCH_LIBRARY(genfuse, m) {
   m.def("conv1x1(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def(
       "conv1x1_backward(Tensor? grad_y, Tensor x, Tensor weight, Tensor? bias, int needs) -> "
+      "(Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
+  // masked_conv: convolutions over the pixels before their own. Codes of masks: python/genfuse/ops/masked_conv/conv.py
+  m.def(
+      "masked_conv2d(Tensor x, Tensor weight, Tensor? bias, int mask, int channel_groups, bool interleaved, "
+      "int padding_h, int padding_w, int dilation_h, int dilation_w, int groups) -> Tensor");
+  m.def(
+      "masked_conv2d_backward(Tensor? grad_y, Tensor x, Tensor weight, Tensor? bias, int mask, int channel_groups, "
+      "bool interleaved, int padding_h, int padding_w, int dilation_h, int dilation_w, int groups, int needs) -> "
       "(Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
   // masked_conv: pointwise. `activation` is tanh (0) or linear (1)
   m.def(

@@ -26,29 +26,31 @@ struct MixtureSteps {
   int64_t component = 1, channel = 0, kind = 0;
 };
 
-// nats of pixels: x [batch][channels][space], params [batch][parameters][space].
+// Pixel s of image b, channel c: data[b * batch + s * pixel + c * channel].
+template <class T>
+struct Pixels {
+  T* data = nullptr;
+  int64_t batch = 0, pixel = 1, channel = 1;
+};
+
+// Nats of pixels, or their sums over images.
 template <class T>
 struct Mixture {
   int64_t batch = 0, space = 1, components = 1;
   int channels = 1, bits = 8;
-  bool openai = false;  // the published formula, with its approximation below a mass of 1e-5
+  bool openai = false;  // the published formula, with its approximation of masses below 1e-5
   MixtureLayout layout = MixtureLayout::openai;
   T log_scale_min = T(-7);
-  const T* x = nullptr;
-  const T* params = nullptr;
-  // Elements from one pixel to the next and from one parameter (channel) to the next: (1, space) or (parameters, 1).
-  int64_t x_pixel = 1, x_channel = 1, params_pixel = 1, params_channel = 1;
-  int64_t x_batch = 0, params_batch = 0;  // from one image to the next
-  T* pixel = nullptr;                     // [batch][space], or
-  T* image = nullptr;                     // [batch]: their sums
+  Pixels<const T> x, params;
+  bool by_pixel = false;
+  T* out = nullptr;  // [batch][space] by pixel, else [batch]
 };
 
 template <class T>
 struct MixtureBackward {
   Mixture<T> forward;
-  const T* grad = nullptr;  // [batch][space], or [batch] if by_image
-  bool by_image = true;
-  T *grad_x = nullptr, *grad_params = nullptr;  // strides of x and params; null if not wanted
+  const T* grad = nullptr;        // as `out`
+  Pixels<T> grad_x, grad_params;  // null if not wanted
 };
 
 template <class T>
@@ -58,8 +60,7 @@ struct MixtureDraw {
   bool snap = true;
   MixtureLayout layout = MixtureLayout::openai;
   T log_scale_min = T(-7), temperature = T(1);
-  const T* params = nullptr;
-  int64_t params_pixel = 1, params_channel = 1, params_batch = 0;
+  Pixels<const T> params;
   const T* u = nullptr;  // [batch][1 + channels][space], or null: drawn
   uint64_t seed = 0, offset = 0;
   T* x = nullptr;  // [batch][channels][space]

@@ -353,5 +353,5 @@ def discretized_logistic_mixture_sample(
 
 for _one, _function in ((_NLL, discretized_logistic_mixture_nll), (_SAMPLE, discretized_logistic_mixture_sample)):
     _one.enter(_function, "params", triton=False)
-    if on_cpu and hasattr(torch.ops.genfuse, _one.name):
+    if on_cpu:
         _one.register()

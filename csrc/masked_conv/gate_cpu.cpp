@@ -98,9 +98,22 @@ GENFUSE_HD void store_some(T* p, Vec<T> v, int64_t n) {
   }
 }
 
+// Rows of channels are read and written half by half, which the hardware's prefetcher does not see through.
+constexpr int64_t kAhead = 2048;  // bytes
+template <class T>
+GENFUSE_HD void will_read(const T* p) {
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead);
+}
+template <class T>
+GENFUSE_HD void will_write(T* p) {
+  __builtin_prefetch(reinterpret_cast<char*>(p) + kAhead, 1);
+}
+
 template <class T, Added added, bool tail>
 GENFUSE_HD void halves(const Block<T>& k, const Plus<T>& plus, int64_t i, Vec<T>& a, Vec<T>& b) {
   const int64_t left = k.n - i;
+  will_read(k.a + i);
+  will_read(k.b + i);
   a = load_some<T, tail>(k.a + i, left);
   b = load_some<T, tail>(k.b + i, left);
   if constexpr (added == Added::one) {
@@ -121,6 +134,7 @@ inline void forward_block(const Block<T>& k, const Plus<T>& plus) {
   const auto step = [&]<bool tail>(int64_t i, std::bool_constant<tail>) {
     Vec<T> a, b;
     halves<T, added, tail>(k, plus, i, a, b);
+    will_write(k.y + i);
     Vec<T> y = gated<T, linear>(a, b);
     if (k.residual != nullptr) y += load_some<T, tail>(k.residual + i, k.n - i);
     store_some<T, tail>(k.y + i, y, k.n - i);
@@ -138,6 +152,9 @@ inline void backward_block(const Block<T>& k, const Plus<T>& plus, T* sum_a, T* 
     const int64_t left = k.n - i;
     Vec<T> a, b, by_a, by_b;
     halves<T, added, tail>(k, plus, i, a, b);
+    will_read(k.grad + i);
+    will_write(k.grad_a + i);
+    will_write(k.grad_b + i);
     gated_backward<T, linear>(a, b, load_some<T, tail>(k.grad + i, left), by_a, by_b);
     store_some<T, tail>(k.grad_a + i, by_a, left);
     store_some<T, tail>(k.grad_b + i, by_b, left);
@@ -174,7 +191,7 @@ struct Cut {
     blocks = ceil_div(width, kBlock);
     group = p.rows != nullptr ? p.group : p.outer;
     groups = p.outer / group;
-    per_part = added == Added::each ? minimum(group, kRowsOfPart) : 1;
+    per_part = added == Added::one ? 1 : minimum(group, added == Added::each ? kRowsOfPart : ceil_div(kBlock, width));
     parts = ceil_div(group, per_part);
     units = groups * parts * blocks * (added == Added::one ? p.channels : 1);
   }
@@ -337,17 +354,18 @@ size_t backward_workspace(const GateBackward<T>& g, int) {
   return static_cast<size_t>(Cut<T>(p).sums()) * sizeof(T);
 }
 
-// Calls block(row, place in it, n) for all blocks of x.
+// Calls block(row, place in it, n) for all blocks of x: some short rows at a time, or a part of a long one.
 template <class T, class F>
 void for_each_stretch(const ConcatElu<T>& p, const Executor& executor, F&& block) {
   const int64_t width = p.channels * p.inner;
   if (p.outer * width == 0) return;
-  const int64_t blocks = ceil_div(width, kBlock);
-  parallel_ranges(executor, p.outer * blocks, ceil_div(kThreadBlocks * blocks * kBlock, width),
-                  [&](int64_t begin, int64_t end) {
+  const int64_t blocks = ceil_div(width, kBlock), rows = ceil_div(kBlock, width);
+  parallel_ranges(executor, ceil_div(p.outer, rows) * blocks,
+                  ceil_div(kThreadBlocks * kBlock, minimum(kBlock, rows * width)), [&](int64_t begin, int64_t end) {
                     for (int64_t u = begin; u < end; ++u) {
-                      const int64_t o = u / blocks, at = (u - o * blocks) * kBlock;
-                      block(o, at, minimum(kBlock, width - at));
+                      const int64_t part = u / blocks, at = (u - part * blocks) * kBlock;
+                      const int64_t first = part * rows, last = minimum(first + rows, p.outer);
+                      for (int64_t o = first; o < last; ++o) block(o, at, minimum(kBlock, width - at));
                     }
                   });
 }
@@ -359,6 +377,9 @@ void elu_forward(const ConcatElu<T>& p, char*, const Executor& executor) {
     const T* from = p.x.data + o * p.x.stride + at;
     T *first = p.y + 2 * o * width + at, *second = first + width;
     const auto step = [&]<bool tail>(int64_t i, std::bool_constant<tail>) {
+      will_read(from + i);
+      will_write(first + i);
+      will_write(second + i);
       const Vec<T> x = load_some<T, tail>(from + i, n - i);
       const Vec<T> below = Decay<T>(minus_magnitude<T>(x)).expm1;
       store_some<T, tail>(first + i, x > 0 ? x : below, n - i);
@@ -380,6 +401,10 @@ void elu_backward(const ConcatEluBackward<T>& g, char*, const Executor& executor
     T* to = g.grad_x + o * width + at;
     const auto step = [&]<bool tail>(int64_t i, std::bool_constant<tail>) {
       const int64_t left = n - i;
+      will_read(from + i);
+      will_read(first + i);
+      will_read(second + i);
+      will_write(to + i);
       const Vec<T> x = load_some<T, tail>(from + i, left);
       const Vec<T> decay = Decay<T>(minus_magnitude<T>(x)).exp, one = broadcast(T(1));
       const Vec<T> up = load_some<T, tail>(first + i, left), down = load_some<T, tail>(second + i, left);

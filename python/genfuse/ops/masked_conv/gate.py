@@ -171,8 +171,8 @@ def gated_activation(
         [a; b] = x + \mathrm{bias} + \mathrm{conditional}
 
     where a and b are the first and the second half of the channels. Gated PixelCNN's, van den Oord et al. 2016 (arXiv
-    1606.05328), eqs. 2 and 4; WaveNet's (arXiv 1609.03499), eqs. 2 and 3. With ``activation="linear"``, a sigmoid(b), it
-    is the gated linear unit of Dauphin et al. 2017 (arXiv 1612.08083), eq. 1, and PixelCNN++'s (arXiv 1701.05517).
+    1606.05328), eqs. 2 and 4; WaveNet's (arXiv 1609.03499), eqs. 2 and 3. With ``activation="linear"`` a sigmoid(b),
+    the gated linear unit of Dauphin et al. 2017 (arXiv 1612.08083), eq. 1, and PixelCNN++'s (arXiv 1701.05517).
 
     Args:
         x: ``[B, 2C, *S]``, any strides; float32, float64, bfloat16 or float16; differentiable, as are the others.

@@ -58,6 +58,8 @@ class Case:
     targets: peer -> the least speed-up (their time / ours) that the project promises.
     memory_targets: peer -> the most extra memory of ours, as a multiple of theirs. Peak extra memory is measured for
         every contestant where `memory` is set.
+    parts: contestant -> of how many equal parts its work is one at full size, by which its time is multiplied: for a
+        loop of minutes whose every step is the same. It is not compared then but under `exact`.
     bounds_us: contestant -> the most microseconds that one call may take.
     rtol: allowed difference between contestants, relative to the largest magnitude of each result; None: the
         contestants compute different things and are not compared.
@@ -72,6 +74,7 @@ class Case:
     group: str | None = None
     targets: Mapping[str, float] = field(default_factory=dict)
     memory_targets: Mapping[str, float] = field(default_factory=dict)
+    parts: Mapping[str, int] = field(default_factory=dict)
     bounds_us: Mapping[str, float] = field(default_factory=dict)
     memory: bool = False
     rtol: float | None = 1e-4

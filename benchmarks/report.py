@@ -205,7 +205,8 @@ def measure(case: Case, setting: Setting, min_rounds: int, seconds: float) -> Re
         for n in range(MAX_ROUNDS if names else 0):
             for k in range(len(names)):
                 name = names[(n + k) % len(names)]
-                samples[name].append(sample(works[name], calls[name], case.device, expected[name]))
+                parts = 1 if setting.quick else case.parts.get(name, 1)
+                samples[name].append(parts * sample(works[name], calls[name], case.device, expected[name]))
             if n + 1 < min_rounds:
                 continue
             if time.perf_counter() - start > seconds or max(half_width(s) for s in samples.values()) < PRECISION:
@@ -222,6 +223,8 @@ def measure(case: Case, setting: Setting, min_rounds: int, seconds: float) -> Re
             "calls": calls[name],
             "first_call_seconds": first[name],
         }
+        if name in case.parts and not setting.quick:
+            entry["parts"] = case.parts[name]
         if case.ours in samples and name != case.ours:
             ratios = [a / b for a, b in zip(samples[name], samples[case.ours], strict=True)]
             low, middle, high = quartiles(ratios)
@@ -377,7 +380,8 @@ def render(result: Record) -> str:
         for peer in peers(record):
             entry = contestants[peer]
             target = verdict(f"{entry['target']:g}x", entry["met"]) if "target" in entry else ""
-            speed.append([shown, mine, peer, show_spread(entry), show_speedup(entry), target])
+            whose = f"{peer} (timed: one of {entry['parts']} equal steps)" if "parts" in entry else peer
+            speed.append([shown, mine, whose, show_spread(entry), show_speedup(entry), target])
             won, total = won + (entry["speedup"] >= 1), total + 1
             met, promised = met + entry.get("met", 0), promised + ("target" in entry)
             shown = mine = ""

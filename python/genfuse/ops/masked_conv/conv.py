@@ -153,10 +153,10 @@ def masked_conv2d(
         x_{b, c, r + i d_h - p_h, s + j d_w - p_w}
 
     Van den Oord, Kalchbrenner and Kavukcuoglu 2016 (arXiv 1601.06759), section 3.4 and figure 2; the stacks of the
-    gated PixelCNN: van den Oord et al. 2016 (arXiv 1606.05328), section 2.2. Equal to ``F.conv2d(x, weight * mask, bias,
-    ...)`` with `genfuse.reference.masked_conv.live_taps` as the mask, but that dead taps are never read, neither of x
-    nor of the weight: NaN or infinity in the future of a pixel does not reach it, dead weights may be anything, and
-    their gradients are exactly 0.
+    gated PixelCNN: van den Oord et al. 2016 (arXiv 1606.05328), section 2.2. Equal to ``F.conv2d(x, weight * mask)``
+    with `genfuse.reference.masked_conv.live_taps` as the mask, but that dead taps are never read, neither of x nor of
+    the weight: NaN or infinity in the future of a pixel does not reach it, dead weights may be anything, and their
+    gradients are exactly 0.
 
     ================================ ==============================================================================
     ``mask_type``                    live taps
@@ -239,4 +239,4 @@ def masked_conv2d(
 
 _MASKED_CONV2D.enter(masked_conv2d, "x", triton=False)
 if on_cpu:
-    pass
+    _MASKED_CONV2D.register()

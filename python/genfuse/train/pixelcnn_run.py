@@ -379,14 +379,20 @@ def classes_of(model: Any, count: int, label: int | None = None) -> dict[str, Te
     return {"labels": labels.to(next(model.parameters()).device)}
 
 
+def _spread(number: int, count: int) -> Tensor:
+    """Places of `count` of `number` images, from the first to the last: data are often sorted by their classes."""
+    return torch.linspace(0, number - 1, min(count, number)).long()
+
+
 def draw_pictures(folder: Path, saved: SavedPixelModel, images: Tensor, labels: Tensor | None, seed: int) -> None:
     """Write the PNG files of a run: samples, and completions of test images of which the upper half is given."""
     model = saved.model
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     draw_samples(folder / SAMPLES, model.sample(DRAWN, generator=generator, **classes_of(model, DRAWN)))
-    some = images[:COMPLETED].to(device)
-    given = {} if labels is None else {"labels": labels[:COMPLETED].to(device).repeat(COMPLETIONS)}
+    rows = _spread(len(images), COMPLETED)
+    some = images[rows].to(device)
+    given = {} if labels is None else {"labels": labels[rows].to(device).repeat(COMPLETIONS)}
     completions = model.complete(some.repeat(COMPLETIONS, 1, 1, 1), generator=generator, **given)
     _draw_completions(folder / COMPLETION, model, some, completions.split(len(some)), some.size(2) // 2)
 
@@ -415,7 +421,7 @@ def sample_pixel_model(
         count: how many images.
         seed: None draws other images each time.
         label: the class of all images, of a model of classes; each in turn by default.
-        complete: complete the first images of `data`, of which the first rows are given.
+        complete: complete images of `data`, from its first to its last, of which the first rows are given.
         data: other images than the test part of the run's own.
         rows: how many rows are given; the upper half by default.
 
@@ -442,10 +448,11 @@ def sample_pixel_model(
     with memory_for(f"a picture of --count {count}"):
         if complete:
             device = next(model.parameters()).device
-            images = images[:count].to(device)
+            some = _spread(len(images), count)
+            images = images[some].to(device)
             given = classes_of(model, len(images), label)
             if labels is not None and label is None:
-                given = {"labels": labels[:count].to(device)}
+                given = {"labels": labels[some].to(device)}
             kept = height // 2 if rows is None else rows
             completed = model.complete(images, kept, generator=generator, **given)
         else:

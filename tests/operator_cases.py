@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import flow_cases
+import gate_cases
 import genfuse
 import spline_cases
 import torch
@@ -112,6 +113,9 @@ VARIANTS.update(flow_cases.VARIANTS)
 SAMPLING = [(op, variant) for op in SAMPLING_OPS for variant in VARIANTS[op]]
 LIKELIHOOD = [(op, variant) for op in LIKELIHOOD_OPS for variant in VARIANTS[op]]
 FLOWS = [(op, variant) for op in FLOW_OPS for variant in VARIANTS[op]]
+GATE_OPS = tuple(gate_cases.VARIANTS)
+VARIANTS.update(gate_cases.VARIANTS)
+GATES = [(op, variant) for op in GATE_OPS for variant in VARIANTS[op]]
 SPLINES = [(op, variant) for op, variants in spline_cases.VARIANTS.items() for variant in variants]
 VARIANTS.update(spline_cases.VARIANTS)
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -206,6 +210,8 @@ def make(
     """A problem, its numbers first drawn in float64 and then rounded to `dtype`; the op's first variant by default."""
     if op in FLOW_OPS:
         return Problem(op, *flow_cases.make(op, variant, dtype, shape, seed))
+    if op in GATE_OPS:
+        return Problem(op, *gate_cases.make(op, variant, dtype, shape, seed))
     variants = VARIANTS[op]
     options = dict(variants[variant or next(iter(variants))] if isinstance(variant, str) else variant)
     if op in spline_cases.VARIANTS:

@@ -208,7 +208,8 @@ class _GatedLayer(torch.nn.Module):
         across = self._across(h)
         if self.first:
             above, across = _channels_last(above), _channels_last(across)
-        beside = self.vertical_to_horizontal(above)
+        # A 1x1 mask of type B hides nothing: the kernel takes channels last as they are.
+        beside = ops.masked_conv2d(above, self.vertical_to_horizontal.weight, None, "B")
         bias = self.horizontal_bias
         if self.horizontal_condition is not None:  # there is one conditional, and this one is the smaller
             beside = beside + (self.horizontal_condition(labels) + bias)[:, :, None, None].to(beside.dtype)

@@ -168,6 +168,10 @@ struct Inputs {
   bool empty() const { return p.outer * p.channels * p.inner == 0; }
 };
 
+void check_activation(int64_t activation) {
+  STD_TORCH_CHECK(activation == 0 || activation == 1, "activation must be 0 (tanh) or 1 (linear), got ", activation);
+}
+
 // What torch's arithmetic makes of two floating dtypes.
 ScalarType promoted(ScalarType a, ScalarType b) {
   if (a == b) return a;
@@ -176,7 +180,7 @@ ScalarType promoted(ScalarType a, ScalarType b) {
 
 Tensor gated_activation(const Tensor& x, const OptionalTensor& bias, const OptionalTensor& conditional,
                         const OptionalTensor& residual, int64_t dim, int64_t activation) {
-  STD_TORCH_CHECK(activation == 0 || activation == 1, "activation must be 0 (tanh) or 1 (linear), got ", activation);
+  check_activation(activation);
   return with_widest(x, bias, conditional, residual, [&]<class T>(T) {
     Inputs<T> in(x, bias, conditional, residual, dim, activation == 1);
     const Tensor y = in.layout.new_tensor(x, in.p.channels, kScalar<T>);
@@ -193,8 +197,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_activation_backward(const Optio
                                                                      const OptionalTensor& residual, int64_t dim,
                                                                      int64_t activation, int64_t needs) {
   using torch::stable::zero_;
+  check_activation(activation);
   return with_widest(x, bias, conditional, residual, [&]<class T>(T) -> std::tuple<Tensor, Tensor, Tensor, Tensor> {
     Inputs<T> in(x, bias, conditional, OptionalTensor(), dim, activation == 1);
+    if (residual.has_value()) check_sizes("residual", *residual, x, dim, in.p.channels);
     const auto wants = [&](int bit, bool there) { return (needs >> bit & 1) != 0 && there; };
     const bool of_x = wants(0, true), of_bias = wants(1, bias.has_value());
     const bool of_conditional = wants(2, conditional.has_value()), of_residual = wants(3, residual.has_value());

@@ -109,10 +109,6 @@ def categorical_nll(logits: Tensor, target: Tensor, *, dim: int = 1, reduction: 
     return nll if reduction in ("none", "pixel") else reduced(nll, reduction, math.prod(target.shape[1:]))
 
 
-def _enter() -> None:
-    _NLL.enter(categorical_nll, "logits", triton=False)
-    if on_cpu and hasattr(torch.ops.genfuse, _NLL.name):
-        _NLL.register()
-
-
-_enter()
+_NLL.enter(categorical_nll, "logits", triton=False)
+if on_cpu:
+    _NLL.register()

@@ -20,6 +20,6 @@ def categorical_nll(logits: Tensor, target: Tensor, dim: int, by_position: bool)
         tensor([[4., 4., 4.]])
     """
     wide = widen(logits)
-    total = torch.logsumexp(wide, dim)
-    nll = total - wide.gather(dim, target.to(torch.int64).unsqueeze(dim)).squeeze(dim)
-    return nll if by_position or nll.dim() == 1 else nll.flatten(1).sum(1), total.detach()
+    nll = -torch.log_softmax(wide, dim).gather(dim, target.to(torch.int64).unsqueeze(dim)).squeeze(dim)
+    total = torch.logsumexp(wide.detach(), dim)
+    return nll if by_position or nll.dim() == 1 else nll.flatten(1).sum(1), total

@@ -309,9 +309,17 @@ def test_the_twin_trains_alike(
 ) -> None:
     """The same weights at the beginning, batches, bits and dropout: the losses agree nearly."""
     whole(name)
+    losses, modules = PixelModule.losses, set()
+
+    def spied(self: Any, batch: Any) -> Any:
+        modules.add(type(self.model).__module__)
+        return losses(self, batch)
+
+    monkeypatch.setattr(PixelModule, "losses", spied)
     monkeypatch.setattr(pixelcnn_run, "draw_pictures", lambda *arguments: None)
     monkeypatch.setattr(pixelcnn_run, "time_sampling", lambda *arguments: results(whole(name))["sampling"])
     train(name, digits, tmp_path, implementation="torch")
+    assert modules == {"genfuse.reference.masked_conv.models"}
     ours, twins = history(whole(name)), history(tmp_path)
     for part in ("train", "held_out"):
         for (step, loss), (_, twin) in zip(ours[part], twins[part], strict=True):
@@ -659,6 +667,10 @@ def test_from_beginning_to_end(
     said = capsys.readouterr().out
     assert "test part of digits: 180 images of 17 levels" in said
     assert f"{bits} bits/dim" in said
+    np.save("grey.npy", np.full((9, 8, 8), 200, np.uint8))
+    assert "has pixels of 256 values, and the model is of 17" in fails(
+        ["evaluate", "runs/pixelcnn", "--data", "grey.npy"], capsys
+    )
     assert cli.run(["sample", "runs/pixelcnn", "--count", "30", "--out", "a.png", "--seed", "1"]) == 0
     assert capsys.readouterr().out == "30 images in a.png\n"
     complete = ["sample", "runs/pixelcnn/model.safetensors", "--complete", "--rows", "2", "--count", "200"]

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .likelihood import _log1p
+from .likelihood import _log1p, _tanh
 from .sampling import (
     _add_up,
     _columns,
@@ -776,18 +776,6 @@ def _positions(first, spaces, BP: tl.constexpr, BS: tl.constexpr):
     channel = (first // spaces * BP + index // BS)[None, :]
     space = (first % spaces * BS + index % BS)[None, :]
     return channel, space
-
-
-@triton.jit
-def _tanh(x):
-    """By a series near 0, where the difference would lose its digits; and its derivative."""
-    size = tl.abs(x)
-    small = tl.exp(-2.0 * size)
-    far = (1.0 - small) / (1.0 + small)
-    s = x * x
-    near = 0.13333333333333333 + s * (-0.05396825396825397 + s * (0.021869488536155203 - s * 0.008863235529902197))
-    near = x + x * s * (-0.3333333333333333 + s * near)
-    return tl.where(size < 0.4, near, tl.where(x < 0.0, -far, far)), 4.0 * small / ((1.0 + small) * (1.0 + small))
 
 
 @triton.jit

@@ -17,6 +17,7 @@ block does.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -235,6 +236,40 @@ class _Plane:
         if tensor is not None:
             self.row = _one_stride(tensor.shape[:split], tensor.stride()[:split]) or 0
             self.col = _one_stride(tensor.shape[split:], tensor.stride()[split:]) or 0
+
+
+class _Strided:
+    """A tensor as rows, channels (dimension ``dim``) and space, with a stride each; None for no tensor.
+
+    Rows that have no space are taken for it: a block is then many of them.
+
+    Attributes:
+        data: the tensor, or a contiguous copy where rows or space have more than one stride.
+        strides: of rows, channels and space.
+    """
+
+    __slots__ = ("data", "strides")
+
+    def __init__(self, tensor: Tensor | None, dim: int) -> None:
+        self.data = tensor
+        self.strides = (0, 0, 0)
+        if tensor is None:
+            return
+        found = self._outer(tensor, dim)
+        if found is None:
+            self.data = tensor = tensor.contiguous()
+            found = self._outer(tensor, dim)
+            assert found is not None
+        rows, space = found
+        if math.prod(tensor.shape[dim + 1 :]) == 1:
+            rows, space = 0, rows
+        self.strides = (rows, tensor.stride(dim), space)
+
+    @staticmethod
+    def _outer(tensor: Tensor, dim: int) -> tuple[int, int] | None:
+        rows = _one_stride(tensor.shape[:dim], tensor.stride()[:dim])
+        space = _one_stride(tensor.shape[dim + 1 :], tensor.stride()[dim + 1 :])
+        return None if rows is None or space is None else (rows, space)
 
 
 def _best_split(*tensors: Tensor | None) -> int:

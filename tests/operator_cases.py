@@ -10,6 +10,7 @@ from typing import Any
 import flow_cases
 import gate_cases
 import genfuse
+import likelihood_cases
 import spline_cases
 import torch
 from genfuse import ops
@@ -116,6 +117,9 @@ FLOWS = [(op, variant) for op in FLOW_OPS for variant in VARIANTS[op]]
 GATE_OPS = tuple(gate_cases.VARIANTS)
 VARIANTS.update(gate_cases.VARIANTS)
 GATES = [(op, variant) for op in GATE_OPS for variant in VARIANTS[op]]
+PIXEL_OPS = tuple(likelihood_cases.VARIANTS)
+VARIANTS.update(likelihood_cases.VARIANTS)
+PIXELS = [(op, variant) for op in PIXEL_OPS for variant in VARIANTS[op]]
 SPLINES = [(op, variant) for op, variants in spline_cases.VARIANTS.items() for variant in variants]
 VARIANTS.update(spline_cases.VARIANTS)
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -212,6 +216,8 @@ def make(
         return Problem(op, *flow_cases.make(op, variant, dtype, shape, seed))
     if op in GATE_OPS:
         return Problem(op, *gate_cases.make(op, variant, dtype, shape, seed))
+    if op in PIXEL_OPS:
+        return Problem(op, *likelihood_cases.make(op, variant, dtype, shape, seed))
     variants = VARIANTS[op]
     options = dict(variants[variant or next(iter(variants))] if isinstance(variant, str) else variant)
     if op in spline_cases.VARIANTS:

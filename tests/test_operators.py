@@ -17,7 +17,7 @@ import torch
 from genfuse import ops
 from genfuse.ops import sampling
 from genfuse.ops.flow import coupling, linear, pointwise, spline
-from genfuse.ops.likelihood import rows
+from genfuse.ops.likelihood import categorical, mixture, rows
 from genfuse.ops.masked_conv import gate
 from genfuse.ops.operator import Operator
 from operator_cases import (
@@ -28,6 +28,8 @@ from operator_cases import (
     GATE_OPS,
     GATES,
     LIKELIHOOD,
+    PIXEL_OPS,
+    PIXELS,
     SAMPLING,
     SIZES,
     SPLINES,
@@ -43,7 +45,7 @@ from torch import library as registry
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 
-CASES = SAMPLING + LIKELIHOOD + SPLINES + FLOWS + GATES
+CASES = SAMPLING + LIKELIHOOD + SPLINES + FLOWS + GATES + PIXELS
 SPLINE_OPS = tuple(dict.fromkeys(op for op, _ in SPLINES))
 OPERATORS: dict[str, Operator] = {
     "gaussian_rsample": sampling._GAUSSIAN,
@@ -63,6 +65,8 @@ OPERATORS: dict[str, Operator] = {
     "conv1x1": linear._CONV1X1,
     "gated_activation": gate._GATED,
     "concat_elu": gate._CONCAT_ELU,
+    "discretized_logistic_mixture_nll": mixture._NLL,
+    "categorical_nll": categorical._NLL,
 }
 # A gradient that is not the derivative, on purpose.
 STRAIGHT_THROUGH = {
@@ -81,7 +85,7 @@ RICH = {  # for each operator a variant with every input that it has
     "gaussian_nll": "logvar",
     "discretized_gaussian_nll": "logvar",
     **dict.fromkeys(SPLINE_OPS, "separate"),
-    **{op: next(iter(VARIANTS[op])) for op in (*FLOW_OPS, *GATE_OPS)},
+    **{op: next(iter(VARIANTS[op])) for op in (*FLOW_OPS, *GATE_OPS, *PIXEL_OPS)},
 }
 # Whose first input is [B, C, ...], and whose results are in its memory format.
 CHANNELS = ("affine_coupling", "additive_coupling", "actnorm", "conv1x1", *GATE_OPS)
@@ -140,6 +144,13 @@ def test_results_and_gradients(op: str, variant: str, dtype: torch.dtype) -> Non
     # In float64 the definition stands for the exact result, and of a spline it is off by more than its nudged inputs
     # show: by its sums over bins. What the kernel is off by, test_flow_spline.py asks of wider numbers.
     factor = 8.0 if op in SPLINE_OPS and dtype == torch.float64 else FACTOR
+    if dtype == torch.float64 and VARIANTS[op][variant].get("mode") == "openai":
+        # The definition's difference of sigmoids is off by an ulp of 1, at masses of 1e-5 and more. No nudge of the
+        # inputs shows it: near 1 a sigmoid does not move with them.
+        problem = make(op, variant, dtype=dtype)
+        cotangents, off = problem.cotangents(), torch.finfo(dtype).eps / 1e-5
+        close(problem.run(cotangents), problem.run(cotangents, "reference"), rtol=off, atol=off)
+        return
     check(*(make(op, variant, dtype=dtype, seed=seed) for seed in range(2)), factor=factor)
 
 
@@ -168,7 +179,7 @@ def test_nothing(op: str, shape: tuple[int, ...]) -> None:
         cotangents = problem.cotangents()
         for ours, theirs in zip(problem.run(cotangents), problem.run(cotangents, "reference"), strict=True):
             assert ours.shape == theirs.shape
-            assert torch.equal(ours, theirs)
+            close(ours, theirs, rtol=0.0, atol=0.0, equal_nan=True)  # the mean of no rows is none
 
 
 @pytest.mark.parametrize(
@@ -235,14 +246,14 @@ def test_strides_make_no_difference(op: str, noise: str, layout: str) -> None:
     gradients = torch.autograd.grad(
         results, list(leaves.inputs.values()), [change(c) if c.dim() > 1 else c for c in cotangents]
     )
-    if op in KEEP_FORMAT:  # then sums go over the numbers as they lie
+    if op in (*KEEP_FORMAT, "categorical_nll"):  # then sums go over the numbers as they lie
         close([*results, *gradients], problem.run(cotangents))
         return
     equal([*results, *gradients], problem.run(cotangents))
     assert all(result.is_contiguous() for result in results)
 
 
-@pytest.mark.parametrize("op", VARIANTS)
+@pytest.mark.parametrize("op", [op for op in VARIANTS if op != "categorical_nll"])  # its targets are no floats
 def test_expanded_inputs_and_gradients(op: str) -> None:
     problem = make(op, RICH[op], shape=(1, 7))
     wide = problem.map(lambda tensor: tensor.expand(4, *tensor.shape[1:]) if tensor.size(0) == 1 else tensor)
@@ -387,7 +398,7 @@ def test_direct_callers_get_gradients(op: str) -> None:
             a.clone().requires_grad_() if isinstance(a, Tensor) and i < operator.differentiable else a
             for i, a in enumerate(arguments)
         ]
-        results = floating(function(*leaves))
+        results = [result for result in floating(function(*leaves)) if result.requires_grad]
         if op in ("gaussian_rsample", "gaussian_kl"):
             results = results[:1] if op == "gaussian_rsample" else results[1:]
         inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
@@ -723,7 +734,7 @@ def test_a_fake_tensor_call_computes_nothing(op: str, variant: str) -> None:
         assert ours.dtype == theirs.dtype
 
 
-@pytest.mark.parametrize("op", VARIANTS)
+@pytest.mark.parametrize("op", [op for op in VARIANTS if op != "categorical_nll"])
 def test_a_meta_call_computes_nothing(op: str) -> None:
     problem = make(op, RICH[op])
     meta = problem.map(lambda tensor: tensor.to("meta"))
@@ -898,7 +909,7 @@ def spoiled(problem: Problem, name: str, index: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("op", "variant"), [case for case in CASES if case[0] != "vector_quantize" and case not in FLOWS + GATES]
+    ("op", "variant"), [case for case in CASES if case[0] != "vector_quantize" and case not in FLOWS + GATES + PIXELS]
 )
 def test_nan_in_gives_nan_out_in_its_own_row_alone(op: str, variant: str) -> None:
     """No clamp, maximum or branch swallows it."""

@@ -17,7 +17,8 @@ struct ImageStrides {
 
 template <class T>
 struct MaskedConv2d {
-  int64_t batch = 0, inputs = 1, outputs = 1, height = 0, width = 0, out_height = 0, out_width = 0;
+  int64_t batch = 0, inputs = 1, outputs = 1, height = 0, width = 0;
+  int64_t out_height = 0, out_width = 0;  // at least 1, as is the batch where gradients are asked for
   int64_t kernel_h = 1, kernel_w = 1, padding_h = 0, padding_w = 0, dilation_h = 1, dilation_w = 1;
   int64_t groups = 1, channel_groups = 1;
   bool interleaved = false;  // channel c is of channel group c % G, and not c G / C

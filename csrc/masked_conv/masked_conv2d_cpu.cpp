@@ -22,6 +22,7 @@ namespace {
 
 constexpr int64_t kBufferBytes = int64_t{256} << 10;
 constexpr int64_t kStage = 48;       // pixels whose results are turned together: whole tiles and whole vectors
+constexpr int64_t kAhead = 128;      // elements that are fetched ahead of a stream
 constexpr int64_t kSumPixels = 128;  // of one chain of additions of the weight's gradient
 constexpr int64_t kParts = 8, kLeastParts = 4, kPartBytes = int64_t{16} << 20;
 
@@ -289,44 +290,55 @@ struct Images {
   const T* row(int64_t b, int64_t r) const { return data + b * strides.batch + r * strides.row; }
 };
 
-// `n` pixels of a row, channels last, `pitch` apart.
+// `n` pixels of each of `rows` rows, channels last: pixels `pitch` apart, rows `row_pitch`.
 template <class T>
-void copy_pixels(const Images<T>& from, const T* source, int64_t n, int64_t pitch, T* to) {
+void copy_pixels(const Images<T>& from, const T* source, int64_t rows, int64_t n, int64_t pitch, int64_t row_pitch,
+                 T* to) {
   constexpr int L = kLanes<T>;
-  const int64_t channels = from.channels;
+  const int64_t channels = from.channels, step = from.strides.row;
+  if (rows > 1 && step == n * from.strides.column && row_pitch == n * pitch) {
+    return copy_pixels(from, source, 1, rows * n, pitch, 0, to);
+  }
   if (from.strides.channel == 1) {
-    if (from.order == nullptr && from.strides.column == channels && pitch == channels) {
-      std::memcpy(to, source, static_cast<size_t>(n * channels) * sizeof(T));
-      return;
-    }
-    for (int64_t i = 0; i < n; ++i) {
-      const T* pixel = source + i * from.strides.column;
-      if (from.order == nullptr) {
-        std::memcpy(to + i * pitch, pixel, static_cast<size_t>(channels) * sizeof(T));
-      } else {
-        for (int64_t c = 0; c < channels; ++c) to[i * pitch + c] = pixel[from.order[c]];
+    for (int64_t r = 0; r < rows; ++r, source += step, to += row_pitch) {
+      if (from.order == nullptr && from.strides.column == channels && pitch == channels) {
+        std::memcpy(to, source, static_cast<size_t>(n * channels) * sizeof(T));
+        continue;
+      }
+      for (int64_t i = 0; i < n; ++i) {
+        const T* pixel = source + i * from.strides.column;
+        if (from.order == nullptr) {
+          std::memcpy(to + i * pitch, pixel, static_cast<size_t>(channels) * sizeof(T));
+        } else {
+          for (int64_t c = 0; c < channels; ++c) to[i * pitch + c] = pixel[from.order[c]];
+        }
       }
     }
     return;
   }
+  // A vector's worth of channels through all rows: more streams than that no processor fetches ahead of itself.
   for (int64_t c = 0; c < channels; c += L) {
-    const T* rows[L];
-    for (int j = 0; j < L; ++j) {
-      const int64_t channel = c + j;
-      rows[j] = channel >= channels     ? nullptr
-                : from.order == nullptr ? source + channel * from.strides.channel
-                                        : source + from.order[channel] * from.strides.channel;
+    const int64_t inside = minimum(L, channels - c);
+    const T* planes[L];
+    for (int64_t j = 0; j < L; ++j) {
+      const int64_t channel = minimum(c + j, channels - 1);
+      planes[j] = source + (from.order == nullptr ? channel : from.order[channel]) * from.strides.channel;
     }
-    for (int64_t i = 0; i < n; i += L) {
-      Vec<T> block[L];
-      const int64_t valid = minimum(L, n - i);
-      for (int j = 0; j < L; ++j) block[j] = rows[j] == nullptr ? Vec<T>{} : load_upto(rows[j] + i, valid);
-      transpose<T>(block);
-      T* at = to + i * pitch + c;
-      if (channels - c >= L) {
-        for (int64_t j = 0; j < valid; ++j) store(at + j * pitch, block[j]);
-      } else {
-        for (int64_t j = 0; j < valid; ++j) store_partial(at + j * pitch, block[j], static_cast<int>(channels - c));
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t i = 0; i < n; i += L) {
+        Vec<T> block[L];
+        const int64_t valid = minimum(L, n - i);
+        for (int j = 0; j < L; ++j) {
+          block[j] = load_upto(planes[j] + r * step + i, valid);
+          __builtin_prefetch(planes[j] + r * step + i + kAhead);
+        }
+        transpose<T>(block);
+        T* at = to + r * row_pitch + i * pitch + c;
+        if (inside == L) {
+          for (int64_t j = 0; j < valid; ++j) store(at + j * pitch, block[j]);
+        } else {
+          for (int64_t j = 0; j < valid; ++j) store_partial(at + j * pitch, block[j], static_cast<int>(inside));
+        }
       }
     }
   }
@@ -343,17 +355,18 @@ void fill(const Plan<T>& plan, const Images<T>& from, int64_t b, Range rows, T* 
   const int64_t columns = plan.out_width + plan.halo_w;
   const int64_t first = minimum(columns, maximum(0, -plan.left));
   const int64_t end = maximum(first, minimum(columns, from.width - plan.left));
-  for (int64_t q = 0; q < rows.end - rows.begin + plan.halo_h; ++q, buffer += plan.row_pitch) {
-    const int64_t r = rows.begin + q + plan.top;
-    if (r < 0 || r >= from.height || first == end) {
-      clear(buffer, plan.row_pitch);
-      continue;
-    }
-    clear(buffer, first * plan.channels);
-    copy_pixels(from, from.row(b, r) + (first + plan.left) * from.strides.column, end - first, plan.channels,
-                buffer + first * plan.channels);
-    clear(buffer + end * plan.channels, (columns - end) * plan.channels);
+  const int64_t count = rows.end - rows.begin + plan.halo_h, above = rows.begin + plan.top;
+  const int64_t from_row = minimum(count, maximum(0, -above));
+  const int64_t end_row = first == end ? from_row : maximum(from_row, minimum(count, from.height - above));
+  clear(buffer, from_row * plan.row_pitch);
+  for (int64_t q = from_row; q < end_row && columns > end - first; ++q) {
+    clear(buffer + q * plan.row_pitch, first * plan.channels);
+    clear(buffer + q * plan.row_pitch + end * plan.channels, (columns - end) * plan.channels);
   }
+  clear(buffer + end_row * plan.row_pitch, (count - end_row) * plan.row_pitch);
+  if (from_row == end_row) return;
+  copy_pixels(from, from.row(b, above + from_row) + (first + plan.left) * from.strides.column, end_row - from_row,
+              end - first, plan.channels, plan.row_pitch, buffer + from_row * plan.row_pitch + first * plan.channels);
 }
 
 // ---- the products
@@ -527,6 +540,18 @@ void put_pixels(const Plan<T>& plan, const Result<T>& to, const Panel& panel, in
   }
 }
 
+// Fetches the lines that put_pixels will write, while they are being computed; where they are many short ones, a few
+// from each channel's plane.
+template <class T>
+void await_pixels(const Plan<T>& plan, const Result<T>& to, const Panel& panel, int64_t b, int64_t pixel, int64_t n) {
+  if (to.channels_last) return;
+  const int64_t pixels = plan.out_height * plan.out_width;
+  const T* at = to.data + (b * plan.columns + panel.column) * pixels + pixel;
+  for (int64_t c = 0; c < panel.valid; ++c, at += pixels) {
+    for (int64_t i = 0; i < n; i += static_cast<int64_t>(64 / sizeof(T))) __builtin_prefetch(at + i, 1);
+  }
+}
+
 // Calls unit(thread, index) for all of `count`, each thread for a range of them.
 template <class F>
 inline void for_units(const Executor& executor, int64_t count, F&& unit) {
@@ -544,9 +569,9 @@ void convolve(const Plan<T>& plan, const Images<T>& from, int64_t batch, const T
               T* buffers, const Executor& executor) {
   const int64_t size = round_up(plan.buffer_size(plan.strip), 64), strips = plan.strips();
   for_units(executor, batch * strips, [&](int64_t thread, int64_t unit) {
-    T* buffer = buffers + thread * size;
     const int64_t b = unit / strips;
     const Range rows = plan.rows_of(unit % strips);
+    T* buffer = buffers + thread * size;
     fill(plan, from, b, rows, buffer);
     alignas(64) T stage[kStage * kPanel<T>];
     const int64_t pixels = (rows.end - rows.begin) * plan.out_width, first = rows.begin * plan.out_width;
@@ -554,6 +579,7 @@ void convolve(const Plan<T>& plan, const Images<T>& from, int64_t batch, const T
       const Panel& panel = plan.panels[i];
       for (int64_t pixel = 0; pixel < pixels; pixel += kStage) {
         const int64_t n = minimum(kStage, pixels - pixel);
+        await_pixels(plan, to, panel, b, first + pixel, n);
         for_tiles(0, n, [&](int64_t row, int count) {
           const T* address[kTileRows];
           for (int r = 0; r < count; ++r) address[r] = buffer + plan.base[pixel + row + r];
@@ -634,11 +660,9 @@ struct Flat {
   }
   const T* rows(int64_t b, Range rows, T* buffer) const {
     if (in_place) return from.row(b, rows.begin);
-    T* to = buffer;
-    for (int64_t r = rows.begin; r < rows.end; ++r, to += from.width * pitch) {
-      copy_pixels(from, from.row(b, r), from.width, pitch, to);
-    }
-    clear(to, kPanel<T>);
+    const int64_t count = rows.end - rows.begin;
+    copy_pixels(from, from.row(b, rows.begin), count, from.width, pitch, from.width * pitch, buffer);
+    clear(buffer + count * from.width * pitch, kPanel<T>);
     return buffer;
   }
 };

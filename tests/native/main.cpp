@@ -27,6 +27,8 @@ constexpr Kernel kKernels[] = {
     {"conv1x1", fuzz::conv1x1_case},
     {"gate", fuzz::gate_case},
     {"concat_elu", fuzz::concat_elu_case},
+    {"gate", fuzz::gate_case},
+    {"concat_elu", fuzz::concat_elu_case},
     {"masked_conv2d", fuzz::masked_conv2d_case},
     {"masked_linear", fuzz::masked_linear_case},
     {"autoregressive", fuzz::autoregressive_case},

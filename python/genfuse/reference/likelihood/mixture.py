@@ -118,8 +118,8 @@ def discretized_logistic_mixture_nll(
         inside = to_lowest + to_highest + _log1mexp(half * inverse, math.log(half) + log_inverse)
         lowest, highest = x < -1.0 + half, x > 1.0 - half
     each = torch.where(lowest, to_lowest, torch.where(highest, to_highest, inside)).sum(1)
-    each = torch.where(logits == -math.inf, -math.inf, each + F.log_softmax(logits, 1))
-    nll = -torch.logsumexp(each, 1)
+    each = torch.where(logits == -math.inf, -math.inf, each + logits)
+    nll = torch.logsumexp(logits, 1) - torch.logsumexp(each, 1)
     return (nll if by_pixel or nll.dim() == 1 else nll.flatten(1).sum(1),)
 
 

@@ -11,6 +11,7 @@ import flow_cases
 import gate_cases
 import genfuse
 import likelihood_cases
+import masked_conv_cases
 import spline_cases
 import torch
 from genfuse import ops
@@ -117,6 +118,9 @@ FLOWS = [(op, variant) for op in FLOW_OPS for variant in VARIANTS[op]]
 GATE_OPS = tuple(gate_cases.VARIANTS)
 VARIANTS.update(gate_cases.VARIANTS)
 GATES = [(op, variant) for op in GATE_OPS for variant in VARIANTS[op]]
+CONV_OPS = tuple(masked_conv_cases.VARIANTS)
+VARIANTS.update(masked_conv_cases.VARIANTS)
+CONVS = [(op, variant) for op in CONV_OPS for variant in VARIANTS[op]]
 PIXEL_OPS = tuple(likelihood_cases.VARIANTS)
 VARIANTS.update(likelihood_cases.VARIANTS)
 PIXELS = [(op, variant) for op in PIXEL_OPS for variant in VARIANTS[op]]
@@ -214,6 +218,8 @@ def make(
     """A problem, its numbers first drawn in float64 and then rounded to `dtype`; the op's first variant by default."""
     if op in FLOW_OPS:
         return Problem(op, *flow_cases.make(op, variant, dtype, shape, seed))
+    if op in CONV_OPS:
+        return Problem(op, *masked_conv_cases.make(op, variant, dtype, shape, seed))
     if op in GATE_OPS:
         return Problem(op, *gate_cases.make(op, variant, dtype, shape, seed))
     if op in PIXEL_OPS:

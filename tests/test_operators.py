@@ -18,9 +18,11 @@ from genfuse import ops
 from genfuse.ops import sampling
 from genfuse.ops.flow import coupling, linear, pointwise, spline
 from genfuse.ops.likelihood import categorical, mixture, rows
-from genfuse.ops.masked_conv import gate
+from genfuse.ops.masked_conv import conv, gate
 from genfuse.ops.operator import Operator
 from operator_cases import (
+    CONV_OPS,
+    CONVS,
     DTYPE_NAMES,
     DTYPES,
     FLOW_OPS,
@@ -45,7 +47,7 @@ from torch import library as registry
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 
-CASES = SAMPLING + LIKELIHOOD + SPLINES + FLOWS + GATES + PIXELS
+CASES = SAMPLING + LIKELIHOOD + SPLINES + FLOWS + GATES + CONVS + PIXELS
 SPLINE_OPS = tuple(dict.fromkeys(op for op, _ in SPLINES))
 OPERATORS: dict[str, Operator] = {
     "gaussian_rsample": sampling._GAUSSIAN,
@@ -65,6 +67,7 @@ OPERATORS: dict[str, Operator] = {
     "conv1x1": linear._CONV1X1,
     "gated_activation": gate._GATED,
     "concat_elu": gate._CONCAT_ELU,
+    "masked_conv2d": conv._MASKED_CONV2D,
     "discretized_logistic_mixture_nll": mixture._NLL,
     "categorical_nll": categorical._NLL,
 }
@@ -85,11 +88,11 @@ RICH = {  # for each operator a variant with every input that it has
     "gaussian_nll": "logvar",
     "discretized_gaussian_nll": "logvar",
     **dict.fromkeys(SPLINE_OPS, "separate"),
-    **{op: next(iter(VARIANTS[op])) for op in (*FLOW_OPS, *GATE_OPS, *PIXEL_OPS)},
+    **{op: next(iter(VARIANTS[op])) for op in (*FLOW_OPS, *GATE_OPS, *CONV_OPS, *PIXEL_OPS)},
 }
 # Whose first input is [B, C, ...], and whose results are in its memory format.
-CHANNELS = ("affine_coupling", "additive_coupling", "actnorm", "conv1x1", *GATE_OPS)
-KEEP_FORMAT = GATE_OPS
+CHANNELS = ("affine_coupling", "additive_coupling", "actnorm", "conv1x1", *GATE_OPS, *CONV_OPS)
+KEEP_FORMAT = (*GATE_OPS, *CONV_OPS)
 close = torch.testing.assert_close
 
 
@@ -438,8 +441,8 @@ def test_gradcheck(op: str, variant: str) -> None:
         return tuple(Problem(op, dict(zip(names, tensors, strict=True)), problem.options).results())
 
     leaves = tuple(tensor.requires_grad_() for tensor in problem.inputs.values())
-    # Every number of a spline's many parameters would take minutes; directions at random do for all but one variant.
-    fast = op in SPLINE_OPS and variant != RICH[op]
+    # Every number of a spline's or kernel's many would take minutes; directions at random do for all but one variant.
+    fast = op in (*SPLINE_OPS, *CONV_OPS) and variant != RICH[op]
     assert torch.autograd.gradcheck(function, leaves, fast_mode=fast)
     assert torch.autograd.gradgradcheck(function, leaves, fast_mode=fast)
     if variant == RICH[op] and len(leaves) > 1:  # a constant among them
@@ -862,7 +865,7 @@ def test_modes_make_no_difference(op: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-@pytest.mark.parametrize("op", [op for op in VARIANTS if not OPERATORS[op].keeps])
+@pytest.mark.parametrize("op", [op for op in VARIANTS if not OPERATORS[op].keeps and not OPERATORS[op].lowers])
 def test_autocast_computes_in_float32(op: str, dtype: torch.dtype) -> None:
     problem = make(op, RICH[op], dtype=dtype)
     wide = problem.map(Tensor.float)
@@ -909,7 +912,8 @@ def spoiled(problem: Problem, name: str, index: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("op", "variant"), [case for case in CASES if case[0] != "vector_quantize" and case not in FLOWS + GATES + PIXELS]
+    ("op", "variant"),
+    [case for case in CASES if case[0] != "vector_quantize" and case not in FLOWS + GATES + CONVS + PIXELS],
 )
 def test_nan_in_gives_nan_out_in_its_own_row_alone(op: str, variant: str) -> None:
     """No clamp, maximum or branch swallows it."""

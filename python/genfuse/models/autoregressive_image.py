@@ -439,10 +439,13 @@ def masked(layer: Any, halves: int = 1) -> tuple[Tensor, Tensor]:
     Of a layer with `halves`, each half of the outputs has the mask by itself.
     """
     weight: Tensor = layer.weight.detach()
+    kernel = tuple(weight.shape[2:])
+    if layer.channel_groups == 1:  # whole taps are alive or dead, and a program visits live ones only
+        return weight, live_taps(layer.mask_type, 1, layer.channel_order, 1, 1, kernel)[0, 0]
     outputs = weight.size(0) // halves
-    alive = live_taps(
-        layer.mask_type, layer.channel_groups, layer.channel_order, outputs, weight.size(1), tuple(weight.shape[2:])
-    ).to(weight.device)
+    alive = live_taps(layer.mask_type, layer.channel_groups, layer.channel_order, outputs, weight.size(1), kernel).to(
+        weight.device
+    )
     alive = alive.repeat(halves, 1, 1, 1)
     return torch.where(alive, weight, torch.zeros((), dtype=weight.dtype, device=weight.device)), alive.any(0).any(0)
 

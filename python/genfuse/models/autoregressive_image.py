@@ -434,7 +434,8 @@ def _evaluating(module: torch.nn.Module) -> Iterator[None]:
 
 
 def masked(layer: Any, halves: int = 1) -> tuple[Tensor, Tensor]:
-    """The weight of a `genfuse.nn.MaskedConv2d` with zeros for dead taps, and ``[kh, kw]``: which taps are alive.
+    """The weight of a `genfuse.nn.MaskedConv2d` with zeros for what is dead in a live tap, and ``[kh, kw]``: which taps
+    are alive.
 
     Of a layer with `halves`, each half of the outputs has the mask by itself.
     """

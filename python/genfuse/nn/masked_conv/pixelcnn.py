@@ -47,10 +47,11 @@ class WeightNormConv2d(torch.nn.Module):
 
     for each output channel: Salimans and Kingma 2016 (arXiv 1602.07868), eq. 2. The first batch that `forward` sees in
     training mode sets g and the bias so that each channel of the result has mean 0 and the standard deviation
-    `init_scale` over that batch (eq. 5 and 6), and no later one does, nor after loading a state_dict of a layer that
-    had its first batch (the buffer `initialized`). Whether it has had it is remembered in Python, too, so no step waits
-    for the device. With several processes (`torch.distributed`) the batch is that of all of them, and all have the same
-    parameters. Until then g is 1 and the bias 0. Under `torch.compile` the first batch has a graph of its own.
+    `init_scale` over that batch (eq. 5 and 6; one that is the same everywhere gets g = `init_scale`), and no later one
+    does, nor after loading a state_dict of a layer that had its first batch (the buffer `initialized`). Whether it has
+    had it is remembered in Python, too, so no step waits for the device. With several processes (`torch.distributed`)
+    the batch is that of all of them, and all have the same parameters. Until then g is 1 and the bias 0. Under
+    `torch.compile` the first batch has a graph of its own.
 
     While parameters stay as they are and no gradient is wanted, W is computed once. It is computed in float32 or wider,
     whatever autocast says.
@@ -157,7 +158,11 @@ class WeightNormConv2d(torch.nn.Module):
         square = (values - mean[:, None, None]).square().sum(dims)
         if several:
             torch.distributed.all_reduce(square)
-        scale = self.init_scale / (square / count.clamp(min=1.0) + 1e-10).sqrt()
+        variance = square / count.clamp(min=1.0)
+        scale = self.init_scale / (variance + 1e-10).sqrt()
+        # Where all positions are the same (a stream of rows above that has but one row) there is nothing to scale to,
+        # and what differs later would be 1e5 times as large.
+        scale = torch.where(variance > 1e-10 * (1.0 + mean.square()), scale, self.init_scale)
         self.weight_g.copy_(torch.where(some, scale, self.weight_g.double()))
         self.bias.copy_(torch.where(some, -mean * scale, self.bias.double()))
         self.initialized.copy_(some.squeeze(0))
@@ -508,7 +513,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, heads: int = 1) 
     finite = seen_key.isfinite().all(1, keepdim=True) & seen_value.isfinite().all(1, keepdim=True)
     zero = torch.zeros((), dtype=key.dtype, device=key.device)
     parts = [asked, torch.where(finite, seen_key, zero), torch.where(finite, seen_value, zero.to(value.dtype))]
-    q, k, v = (part.reshape(batch, heads, -1, part.size(2)).transpose(2, 3) for part in parts)
+    q, k, v = (part.reshape(batch, heads, part.size(1) // heads, part.size(2)).transpose(2, 3) for part in parts)
     mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(2, 3).flatten(1, 2)
     spoilt = (~finite).to(torch.int32).cumsum(2) > 0
     mixed = mixed.masked_fill(spoilt, math.nan)

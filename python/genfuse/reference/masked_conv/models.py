@@ -441,6 +441,7 @@ class _WeightNorm(torch.nn.Module):
                 y = self.convolve(x, direction, None).double()
                 mean, variance = y.mean((0, 2, 3)), y.var((0, 2, 3), correction=0)
                 scale = self.init_scale / (variance + 1e-10).sqrt()
+                scale[variance <= 1e-10 * (1 + mean.square())] = self.init_scale  # of the same number everywhere
                 self.weight_g.copy_(scale)
                 self.bias.copy_(-mean * scale)
                 self.initialized.fill_(True)
@@ -615,7 +616,8 @@ class PixelCNNPlusPlus(_Autoregressive):
 def _causal_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     """Scaled dot products with the pixels before, in raster order; zeros for the first pixel."""
     batch, _, height, width = value.shape
-    q, k, v = (part.reshape(batch, heads, -1, height * width).transpose(2, 3) for part in (query, key, value))
+    parts = (part.reshape(batch, heads, part.size(1) // heads, height * width) for part in (query, key, value))
+    q, k, v = (part.transpose(2, 3) for part in parts)
     scores = q @ k.transpose(2, 3) / math.sqrt(q.size(3))
     before = torch.ones(height * width, height * width, dtype=torch.bool, device=q.device).tril(-1)
     probabilities = F.softmax(scores.masked_fill(~before, -math.inf)[:, :, 1:], 3)

@@ -178,34 +178,39 @@ def score(contestant: Contestant, items: Tensor) -> Tensor:
 
 def race(
     contestants: dict[str, Contestant],
-    data: FlowData,
+    read: Callable[[int], Tensor],
     some: Tensor,
-    options: argparse.Namespace,
+    seed: int,
     steps: int,
-    batch: int,
     rate: float,
     show: Callable[[float], str],
+    points: int = 20,
+    clip: float = CLIP,
 ) -> None:
-    """Train all contestants for `steps` steps, in turns, and follow what they score on `some` of the test data."""
-    order = BatchOrder(len(data.train), batch, options.seed)
+    """Train all contestants for `steps` steps, in turns, and follow what they score on `some` of the test data.
+
+    Args:
+        read: gives the batch of a step.
+        points: of a curve, about.
+    """
     optimizers = {
         name: torch.optim.Adam(contestant.model.parameters(), lr=rate, fused=True)
         for name, contestant in contestants.items()
     }
-    apart = max(TURN, steps // 20 // TURN * TURN)
+    apart = max(TURN, steps // points // TURN * TURN)
     names = list(contestants)
     for start in range(0, steps, TURN):
         end = min(steps, start + TURN)
-        batches = [data.train[torch.from_numpy(order.rows(step))] for step in range(start, end)]
+        batches = [read(step) for step in range(start, end)]
         for name in names:
             contestant, optimizer = contestants[name], optimizers[name]
-            torch.manual_seed(options.seed + start)
+            torch.manual_seed(seed + start)
             began = time.perf_counter()
             for step, rows in zip(range(start, end), batches, strict=True):
                 optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / WARMUP)
                 optimizer.zero_grad(set_to_none=True)
                 contestant.nll(rows).mean().backward()
-                torch.nn.utils.clip_grad_norm_(contestant.model.parameters(), CLIP)
+                torch.nn.utils.clip_grad_norm_(contestant.model.parameters(), clip)
                 optimizer.step()
             contestant.seconds += time.perf_counter() - began
         names = names[1:] + names[:1]
@@ -238,6 +243,11 @@ def figures(contestants: dict[str, Contestant], test: Tensor, offset: float, sca
     return found
 
 
+def batches_of(data: FlowData, batch: int, seed: int) -> Callable[[int], Tensor]:
+    order = BatchOrder(len(data.train), batch, seed)
+    return lambda step: data.train[torch.from_numpy(order.rows(step))]
+
+
 def race_images(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Contestant]]:
     source = load_images(options.data)
     data = FlowData(source, None, 0)
@@ -249,11 +259,10 @@ def race_images(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, 
     scale = 1.0 / (math.prod(data.shape) * math.log(2.0))
     race(
         contestants,
-        data,
+        batches_of(data, options.batch_size, options.seed),
         data.test[: options.items],
-        options,
+        options.seed,
         options.steps,
-        options.batch_size,
         options.learning_rate,
         lambda loss: f"{loss * scale:.3f} bits/dim",
     )
@@ -278,11 +287,10 @@ def race_points(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, 
     offset = data.log_volume
     race(
         contestants,
-        data,
+        batches_of(data, settings.batch_size, options.seed),
         data.test,
-        options,
+        options.seed,
         options.points_steps,
-        settings.batch_size,
         settings.learning_rate,
         lambda loss: f"{loss + offset:.4f} nats",
     )

@@ -961,26 +961,23 @@ def discretized_logistic_mixture_sample(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
-def _position_of(program, first, P, inner, BP: tl.constexpr):
-    """Positions of an image, and their places in both dimensions of space."""
-    position = first + tl.arange(0, BP)
-    outer = position // inner
-    return position, outer, position - outer * inner, position < P
-
-
-@triton.jit(do_not_specialize=["R", "P", "L", "inner", "chunks", "tiles"])
+@triton.jit(do_not_specialize=["R", "outer", "chunks", "tiles"])
 def _categorical_nll_kernel(
-    logits, target, nll, log_total, parts, R, P, L, inner, chunks, tiles, row_step, outer_step, inner_step, level_step,
-    target_row, target_outer, target_inner, BP: tl.constexpr, BL: tl.constexpr,
+    logits, target, nll, log_total, parts, R, outer, inner, L, chunks, tiles, row_step, outer_step, inner_step,
+    level_step, target_row, target_outer, target_inner, BP: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
     """ln of the sum over levels, and what of it each position lacks; each lane sums its own levels first."""
     program = tl.program_id(0).to(tl.int64)
-    row = program // chunks
+    piece = program % (outer * chunks)
+    row = program // (outer * chunks)
+    start = piece // chunks
+    at = row * row_step + start * outer_step
+    target_at = row * target_row + start * target_outer
     sums = tl.zeros((BP,), tl.float32)
     for tile in range(tiles):
-        position, outer, within, ok = _position_of(program, (program % chunks * tiles + tile) * BP, P, inner, BP)
-        place = row * row_step + outer * outer_step + within * inner_step
+        position = (piece % chunks * tiles + tile) * BP + tl.arange(0, BP)
+        ok = position < inner
+        place = at + position * inner_step
         top = tl.full((BP, BL), -float("inf"), tl.float32)
         total = tl.zeros((BP, BL), tl.float32)
         for first in range(0, L, BL):
@@ -992,43 +989,46 @@ def _categorical_nll_kernel(
             ).to(tl.float32)
             top, total = _sum_up(top, total, value)
         highest = tl.max(top, 1)
-        # Comparisons pass NaN over in a maximum, but not in the sum.
+        # NaN is passed over in a maximum, but not in the sum.
         decay = tl.where(top == highest[:, None], 1.0, tl.exp(top - highest[:, None]))
         found = highest + tl.log(tl.sum(total * decay, 1))
-        at = target + row * target_row + outer * target_outer + within * target_inner
-        chosen = tl.load(at, mask=ok, other=0).to(tl.int64)
+        chosen = tl.load(target + target_at + position * target_inner, mask=ok, other=0).to(tl.int64)
         there = ok & (chosen >= 0) & (chosen < L)
         value = tl.load(logits + place + chosen * level_step, mask=there, other=float("nan")).to(tl.float32)
         each = found - value
-        tl.store(log_total + row * P + position, found, mask=ok)
+        result = (row * outer + start) * inner + position
+        tl.store(log_total + result, found, mask=ok)
         if nll is not None:
-            tl.store(nll + row * P + position, each, mask=ok)
+            tl.store(nll + result, each, mask=ok)
         sums += tl.where(ok, each, 0.0)
     if parts is not None:
-        tl.store(parts + program % chunks * R + row, tl.sum(sums, 0))
+        tl.store(parts + piece * R + row, tl.sum(sums, 0))
 
 
-@triton.jit(do_not_specialize=["P", "L", "inner", "chunks", "levels", "grad_row", "grad_position"])
+@triton.jit(do_not_specialize=["outer", "chunks", "levels", "grad_row", "grad_position"])
 def _categorical_nll_backward_kernel(
-    grad, logits, target, log_total, grad_logits, P, L, inner, chunks, levels, grad_row, grad_position, row_step,
+    grad, logits, target, log_total, grad_logits, outer, inner, L, chunks, levels, grad_row, grad_position, row_step,
     outer_step, inner_step, level_step, target_row, target_outer, target_inner, to_row, to_outer, to_inner, to_level,
     BP: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
     """Softmax less the one that is; `levels` blocks of levels to a block of positions."""
     program = tl.program_id(0).to(tl.int64)
-    row = program // levels // chunks
-    position, outer, within, ok = _position_of(program, program // levels % chunks * BP, P, inner, BP)
+    position = program // levels % chunks * BP + tl.arange(0, BP)
+    start = program // levels // chunks % outer
+    row = program // levels // chunks // outer
     level = program % levels * BL + tl.arange(0, BL)
+    ok = position < inner
     both = ok[:, None] & (level < L)[None, :]
-    place = row * row_step + outer * outer_step + within * inner_step
+    place = row * row_step + start * outer_step + position * inner_step
     value = tl.load(logits + place[:, None] + level[None, :] * level_step, mask=both, other=0.0).to(tl.float32)
-    total = tl.load(log_total + row * P + position, mask=ok, other=0.0).to(tl.float32)
-    g = tl.load(grad + row * grad_row + position * grad_position, mask=ok, other=0.0).to(tl.float32)
-    at = target + row * target_row + outer * target_outer + within * target_inner
-    chosen = tl.load(at, mask=ok, other=0).to(tl.int64)
+    index = start * inner + position
+    total = tl.load(log_total + row * outer * inner + index, mask=ok, other=0.0).to(tl.float32)
+    g = tl.load(grad + row * grad_row + index * grad_position, mask=ok, other=0.0).to(tl.float32)
+    place = row * target_row + start * target_outer + position * target_inner
+    chosen = tl.load(target + place, mask=ok, other=0).to(tl.int64)
     share = tl.exp(value - total[:, None])
     by = g[:, None] * (share - tl.where(level[None, :] == chosen[:, None], 1.0, 0.0))
-    place = row * to_row + outer * to_outer + within * to_inner
+    place = row * to_row + start * to_outer + position * to_inner
     tl.store(
         grad_logits + place[:, None] + level[None, :] * to_level, by.to(grad_logits.dtype.element_ty), mask=both
     )  # fmt: skip
@@ -1039,12 +1039,11 @@ class _Positions:
 
     Attributes:
         data: the tensors, or contiguous copies where they have more strides than that.
-        inner: the size of the second dimension.
+        outer, inner: the sizes of both dimensions.
         strides: of each tensor, by rows and both dimensions.
-        count: positions of an image.
     """
 
-    __slots__ = ("count", "data", "inner", "strides")
+    __slots__ = ("data", "inner", "outer", "strides")
 
     def __init__(self, dim: int, logits: Tensor, target: Tensor, *rest: Tensor) -> None:
         self.data = [logits, target, *rest]
@@ -1053,11 +1052,10 @@ class _Positions:
             self.data = [tensor.contiguous() for tensor in self.data]
             cut = self._cut(dim, self.data)
             assert cut is not None
-        self.inner, self.strides = cut
-        self.count = math.prod(target.shape[1:])
+        self.outer, self.inner, self.strides = cut
 
     @staticmethod
-    def _cut(dim: int, tensors: list[Tensor]) -> tuple[int, list[tuple[int, int, int]]] | None:
+    def _cut(dim: int, tensors: list[Tensor]) -> tuple[int, int, list[tuple[int, int, int]]] | None:
         shape = list(tensors[1].shape)
         strides = [
             [stride for d, stride in enumerate(tensor.stride()) if tensor is tensors[1] or d != dim]
@@ -1080,9 +1078,11 @@ class _Positions:
         while len(sizes) < 2:
             sizes.insert(0, 1)
             steps.insert(0, [0] * len(tensors))
-        return sizes[1], [
-            (stride[0], outer, inner) for stride, outer, inner in zip(strides, steps[0], steps[1], strict=True)
-        ]
+        return (
+            sizes[0],
+            sizes[1],
+            [(stride[0], outer, inner) for stride, outer, inner in zip(strides, steps[0], steps[1], strict=True)],
+        )
 
 
 def _level_tile(levels: int, count: int, level_step: int, inner_step: int) -> tuple[int, int]:
@@ -1101,14 +1101,14 @@ def categorical_nll(logits: Tensor, target: Tensor, dim: int, by_position: bool)
         return logits.new_zeros(target.shape if by_position else target.shape[:1], dtype=torch.float32), log_total
     where = _Positions(dim, logits, target)
     data, rows, levels = where.data[0], target.size(0), logits.size(dim)
-    BP, BL = _level_tile(levels, where.count, data.stride(dim), where.strides[0][2])
-    blocks = triton.cdiv(where.count, BP)
-    tiles = 1 if by_position else min(max(rows * blocks // _MANY, 1), blocks)
+    BP, BL = _level_tile(levels, where.inner, data.stride(dim), where.strides[0][2])
+    blocks = triton.cdiv(where.inner, BP)
+    tiles = 1 if by_position else min(max(rows * where.outer * blocks // _MANY, 1), blocks)
     chunks = triton.cdiv(blocks, tiles)
     nll = torch.empty_like(log_total) if by_position else None
-    parts = None if by_position else logits.new_empty((chunks, rows), dtype=torch.float32)
-    _categorical_nll_kernel[(rows * chunks,)](
-        data, where.data[1], nll, log_total, parts, rows, where.count, levels, where.inner, chunks, tiles,
+    parts = None if by_position else logits.new_empty((where.outer * chunks, rows), dtype=torch.float32)
+    _categorical_nll_kernel[(rows * where.outer * chunks,)](
+        data, where.data[1], nll, log_total, parts, rows, where.outer, where.inner, levels, chunks, tiles,
         *where.strides[0], data.stride(dim), *where.strides[1], BP=BP, BL=BL,
     )  # fmt: skip
     if nll is not None:
@@ -1135,11 +1135,11 @@ def categorical_nll_backward(
     if to.numel() > 0:
         where = _Positions(dim, logits, target, to)
         data, written, rows, levels = where.data[0], where.data[2], target.size(0), logits.size(dim)
-        g = grad_nll.reshape(rows, -1) if by_position else grad_nll.reshape(-1, 1).expand(-1, where.count)
-        BP, BL = _level_tile(levels, where.count, written.stride(dim), where.strides[2][2])
-        chunks, blocks = triton.cdiv(where.count, BP), triton.cdiv(levels, BL)
-        _categorical_nll_backward_kernel[(rows * chunks * blocks,)](
-            g, data, where.data[1], log_total, written, where.count, levels, where.inner, chunks, blocks, *g.stride(),
+        g = grad_nll.reshape(rows, -1) if by_position else grad_nll.reshape(-1, 1).expand(-1, target[0].numel())
+        BP, BL = _level_tile(levels, where.inner, written.stride(dim), where.strides[2][2])
+        chunks, blocks = triton.cdiv(where.inner, BP), triton.cdiv(levels, BL)
+        _categorical_nll_backward_kernel[(rows * where.outer * chunks * blocks,)](
+            g, data, where.data[1], log_total, written, where.outer, where.inner, levels, chunks, blocks, *g.stride(),
             *where.strides[0], data.stride(dim), *where.strides[1], *where.strides[2], written.stride(dim), BP=BP,
             BL=BL,
         )  # fmt: skip

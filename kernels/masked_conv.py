@@ -141,7 +141,7 @@ def _halves(
     return a, b
 
 
-@triton.jit(do_not_specialize=["S", "spaces", "groups"])
+@triton.jit(do_not_specialize=["spaces", "groups"])
 def _gate_kernel(
     x, conditional, bias, residual, y, C, S, spaces, groups, x_row, x_channel, x_space, c_row, c_channel, c_space,
     r_row, r_channel, r_space, y_row, y_channel, y_space, LINEAR: tl.constexpr, BP: tl.constexpr, BS: tl.constexpr,
@@ -163,7 +163,7 @@ def _gate_kernel(
     _put(y, _place(row, channel, space, y_row, y_channel, y_space), ok, value)
 
 
-@triton.jit(do_not_specialize=["R", "S", "chunks", "tiles", "groups"])
+@triton.jit(do_not_specialize=["R", "chunks", "tiles", "groups"])
 def _gate_backward_kernel(
     grad, x, conditional, bias, grad_x, grad_conditional, parts, R, C, S, chunks, tiles, groups, g_row, g_channel,
     g_space, x_row, x_channel, x_space, c_row, c_channel, c_space, to_row, to_channel, to_space, each_row,
@@ -294,7 +294,7 @@ def _elu(x):
     return tl.where(x > 0.0, x, below)
 
 
-@triton.jit(do_not_specialize=["S", "spaces", "groups"])
+@triton.jit(do_not_specialize=["spaces", "groups"])
 def _concat_elu_kernel(
     x, y, C, S, spaces, groups, x_row, x_channel, x_space, y_row, y_channel, y_space,
     BP: tl.constexpr, BS: tl.constexpr,
@@ -309,7 +309,7 @@ def _concat_elu_kernel(
     _put(y, _place(row, channel + C, space, y_row, y_channel, y_space), ok, _elu(-value))
 
 
-@triton.jit(do_not_specialize=["S", "spaces", "groups"])
+@triton.jit(do_not_specialize=["spaces", "groups"])
 def _concat_elu_backward_kernel(
     grad, x, grad_x, C, S, spaces, groups, g_row, g_channel, g_space, x_row, x_channel, x_space, to_row, to_channel,
     to_space, BP: tl.constexpr, BS: tl.constexpr,
@@ -386,29 +386,41 @@ def _sees(output, input, CENTRE: tl.constexpr):
 @triton.jit(do_not_specialize=["M", "height", "width", "out_height", "out_width", "top", "left", "down", "right"])
 def _conv_kernel(
     x, weight, bias, y, M, height, width, out_height, out_width, top, left, down, right,
-    x_row, x_channel, x_y, x_x, y_row, y_channel, y_y, y_x,
+    x_row, x_channel, x_y, x_x, y_row, y_channel, y_x,
     IN: tl.constexpr, OUT: tl.constexpr, KW: tl.constexpr, FIRST: tl.constexpr, TAPS: tl.constexpr,
     CENTRE: tl.constexpr, TRANSPOSED: tl.constexpr, GROUPS: tl.constexpr, G: tl.constexpr, INTERLEAVED: tl.constexpr,
-    FLAT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    BC: tl.constexpr,
+    FLAT: tl.constexpr, LARGE: tl.constexpr, SIDE_BY_SIDE: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """BM pixels of BN output channels of one of `GROUPS` groups of torch's, with IN inputs and OUT outputs each.
 
     `weight` is ``[GROUPS, taps, IN, OUT]`` of the TAPS live taps from FIRST on, in the order of rows, and of the centre
     after them, if channel groups share it (CENTRE). Tap (i, j) lies `down` i + `top` and `right` j + `left` from the
-    pixel. TRANSPOSED: outputs are what the mask calls inputs.
+    pixel. TRANSPOSED: outputs are what the mask calls inputs. LARGE: images have BM pixels or more. Rows of y follow
+    each other without a gap; SIDE_BY_SIDE: and its pixels, eight by eight.
     """
     program = tl.program_id(0).to(tl.int64)
     blocks: tl.constexpr = (OUT + BN - 1) // BN
     group = (program // blocks % GROUPS).to(tl.int32)
     cols = (program % blocks).to(tl.int32) * BN + tl.arange(0, BN)
-    pixel = program // (blocks * GROUPS) * BM + tl.arange(0, BM)
-    there = pixel < M
-    image = pixel // (out_height * out_width)
-    rest = (pixel % (out_height * out_width)).to(tl.int32)
+    # Images before this block, and where in the next one it begins: all other divisions are then of 32 bits.
+    begin = program // (blocks * GROUPS) * BM
+    size = out_height * out_width
+    image_0 = begin // size
+    rest = (begin - image_0 * size).to(tl.int32) + tl.arange(0, BM)
+    if SIDE_BY_SIDE:
+        M = M // 8 * 8  # which it is, and so the compiler knows
+    there = tl.arange(0, BM) < M - begin
+    if LARGE:
+        image = (rest >= size).to(tl.int32)
+    else:
+        image = rest // size
+    rest -= image * size
     row = rest // out_width
     col = rest - row * out_width
-    base = image * x_row + row.to(tl.int64) * x_y + col.to(tl.int64) * x_x
+    x += image_0 * x_row
+    y += image_0 * y_row
+    base = image.to(tl.int64) * x_row + row.to(tl.int64) * x_y + col.to(tl.int64) * x_x
     x += group.to(tl.int64) * IN * x_channel
     depth: tl.constexpr = (TAPS if CENTRE == _NO_CENTRE else TAPS + 1) * IN
     weight += group.to(tl.int64) * depth * OUT
@@ -479,7 +491,9 @@ def _conv_kernel(
     channel = group.to(tl.int64) * OUT + cols
     if bias is not None:
         acc += tl.load(bias + channel, mask=cols < OUT, other=0.0).to(tl.float32)[None, :]
-    place = image * y_row + row.to(tl.int64) * y_y + col.to(tl.int64) * y_x
+    place = image.to(tl.int64) * y_row + rest.to(tl.int64) * y_x
+    if SIDE_BY_SIDE:
+        place = tl.max_contiguous(tl.multiple_of(place, 8), 8)
     place = place[:, None] + (channel * y_channel)[None, :]
     tl.store(y + place, acc.to(y.dtype.element_ty), mask=there[:, None] & (cols < OUT)[None, :])
 
@@ -628,11 +642,13 @@ def _conv(
     BM = 128 if (half or precision == "tf32") and pixels >= 128 * 64 else 64
     BK = min(max(_power_of_two(inputs * mask.taps if flat else inputs), 16), 64 if half and BN < 128 else 32)
     BC = min(max(_power_of_two(triton.cdiv(inputs, channel_groups)), 16), BK)
+    size = y.size(2) * y.size(3)
     _conv_kernel[(triton.cdiv(pixels, BM) * triton.cdiv(outputs, BN) * groups,)](
-        x, packed, bias, y, pixels, x.size(2), x.size(3), y.size(2), y.size(3), *offsets, *x.stride(), *y.stride(),
-        IN=inputs, OUT=outputs, KW=kw, FIRST=mask.first, TAPS=mask.taps, CENTRE=mask.centre, TRANSPOSED=transposed,
-        GROUPS=groups, G=channel_groups, INTERLEAVED=interleaved, FLAT=flat, PRECISION=precision, BM=BM, BN=BN, BK=BK,
-        BC=BC, num_warps=8 if BM * BN >= 128 * 128 else 4,
+        x, packed, bias, y, pixels, x.size(2), x.size(3), y.size(2), y.size(3), *offsets, *x.stride(), y.stride(0),
+        y.stride(1), y.stride(3), IN=inputs, OUT=outputs, KW=kw, FIRST=mask.first, TAPS=mask.taps, CENTRE=mask.centre,
+        TRANSPOSED=transposed, GROUPS=groups, G=channel_groups, INTERLEAVED=interleaved, FLAT=flat, LARGE=size >= BM,
+        SIDE_BY_SIDE=y.stride(3) == 1 and size % 8 == 0, PRECISION=precision, BM=BM, BN=BN, BK=BK, BC=BC,
+        num_warps=8 if flat or BM * BN >= 128 * 128 else 4,
         num_stages=2 if BK * (BM + BN) * x.element_size() > 16384 else 3,
     )  # fmt: skip
 

@@ -20,6 +20,7 @@ __all__ = ["masked_conv2d"]
 _MASKS = ("A", "B", "vertical_A", "vertical_B", "horizontal_A", "horizontal_B")
 _NAMES = {**{name: code for code, name in enumerate(_MASKS)}, "vertical": 2, "horizontal": 4}
 _ORDERS = ("contiguous", "interleaved")
+_MOST_GROUPS = 65536  # of channels; the kernels multiply it by their number
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
@@ -119,6 +120,8 @@ def check_mask(op: str, mask_type: object, channel_groups: object, channel_order
     if not isinstance(mask_type, str) or mask_type not in _NAMES:
         raise ValueError(f"{op}: mask_type must be one of {', '.join(map(repr, _NAMES))}, got {mask_type!r}")
     count = _check_whole(op, "channel_groups", channel_groups, 1)
+    if count > _MOST_GROUPS:
+        raise ValueError(f"{op}: channel_groups must be at most {_MOST_GROUPS}, got {count}")
     if not isinstance(channel_order, str) or channel_order not in _ORDERS:
         raise ValueError(f"{op}: channel_order must be 'contiguous' or 'interleaved', got {channel_order!r}")
     return _NAMES[mask_type], count, channel_order == "interleaved"

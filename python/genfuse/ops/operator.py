@@ -23,7 +23,7 @@ from torch.autograd import forward_ad
 
 from genfuse import _native, backends
 
-__all__ = ["Operator", "can_look_at", "native_objection", "on_cpu", "under_autocast"]
+__all__ = ["Operator", "can_look_at", "float64_objection", "native_objection", "on_cpu", "under_autocast"]
 
 Tensors = tuple[Tensor, ...]
 
@@ -528,6 +528,14 @@ def vmap_by_loop(op: Any) -> Callable[..., Any]:
         return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
 
     return rule
+
+
+def float64_objection(arguments: backends.Arguments) -> str | None:
+    """Why kernels that compute in float32 cannot serve a call whose tensors may differ in dtype."""
+    for name, tensor in arguments.items():
+        if isinstance(tensor, Tensor) and tensor.dtype == torch.float64:
+            return f"{name} is float64"
+    return None
 
 
 def native_objection(arguments: backends.Arguments) -> str | None:

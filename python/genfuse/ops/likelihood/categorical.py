@@ -109,6 +109,6 @@ def categorical_nll(logits: Tensor, target: Tensor, *, dim: int = 1, reduction: 
     return nll if reduction in ("none", "pixel") else reduced(nll, reduction, math.prod(target.shape[1:]))
 
 
-_NLL.enter(categorical_nll, "logits", triton=False)
+_NLL.enter(categorical_nll, "logits")
 if on_cpu:
     _NLL.register()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genfuse.ops.operator import Operator, can_look_at, on_cpu, under_autocast
+from genfuse.ops.operator import Operator, can_look_at, float64_objection, on_cpu, under_autocast
 from genfuse.ops.sampling import check_number, check_rng, check_tensor, wide_dtype
 from genfuse.reference.likelihood import mixture as reference
 
@@ -352,6 +352,6 @@ def discretized_logistic_mixture_sample(
 
 
 for _one, _function in ((_NLL, discretized_logistic_mixture_nll), (_SAMPLE, discretized_logistic_mixture_sample)):
-    _one.enter(_function, "params", triton=False)
+    _one.enter(_function, "params", triton=float64_objection)
     if on_cpu:
         _one.register()

@@ -240,6 +240,6 @@ def masked_conv2d(
     return y
 
 
-_MASKED_CONV2D.enter(masked_conv2d, "x", triton=False)
+_MASKED_CONV2D.enter(masked_conv2d, "x")
 if on_cpu:
     _MASKED_CONV2D.register()

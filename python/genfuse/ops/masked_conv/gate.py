@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genfuse.ops.operator import Operator, Tensors, on_cpu
+from genfuse.ops.operator import Operator, Tensors, float64_objection, on_cpu
 from genfuse.ops.sampling import check_tensor, same_shape
 from genfuse.reference.masked_conv import gate as reference
 
@@ -264,6 +264,6 @@ def concat_elu(x: Tensor, dim: int = 1) -> Tensor:
 
 
 for _one, _function in ((_GATED, gated_activation), (_CONCAT_ELU, concat_elu)):
-    _one.enter(_function, "x", triton=False)
+    _one.enter(_function, "x", triton=float64_objection)
     if on_cpu:
         _one.register()

@@ -73,8 +73,8 @@ def contestants_of(model: str, arguments: dict[str, Any], batch: Tensor, seed: i
     """genfuse's model and its twin, with the same weights; weights that a first batch sets are set by this one."""
     torch.manual_seed(seed)
     ours = model_class(model)(**arguments)
-    with torch.no_grad():
-        ours.log_prob(batch)
+    if hasattr(ours, "initialize"):
+        ours.initialize(batch)
 
     def contestant(one: Any) -> Contestant:
         return Contestant(one, lambda x: -one.log_prob(x), lambda n: one.sample(n))

@@ -28,6 +28,7 @@ from genfuse.train.images import Images, load_images
 from genfuse.train.order import BatchOrder
 from genfuse.train.pixelcnn_module import PixelData, PixelModule, PixelRunData, quantise
 from genfuse.train.pixelcnn_run import (
+    PixelCNNPlusPlusJob,
     evaluate_pixel_model,
     sample_pixel_model,
     sampling_for_people,
@@ -326,6 +327,18 @@ def test_the_twin_trains_alike(
             assert twin == pytest.approx(loss, rel=2e-3), (part, step)
     assert results(tmp_path)["implementation"] == "torch"
     assert results(tmp_path)["nll_nats"] == pytest.approx(results(whole(name))["nll_nats"], rel=4e-3)
+
+
+def test_every_process_begins_with_the_weights_that_the_whole_first_batch_sets(digits: Path) -> None:
+    settings = PixelCNNPlusPlusSettings(data=str(digits), nr_resnet=1, nr_filters=4, nr_logistic_mix=2)
+    job = PixelCNNPlusPlusJob(settings, load_images(str(digits)))
+    module, data = job.training(job.build())
+    set_by_data = {name: bool(value) for name, value in module.model.named_buffers() if name.endswith("initialized")}
+    assert set_by_data
+    assert all(set_by_data.values())
+    before = {name: value.clone() for name, value in module.model.state_dict().items()}
+    module.model.train()(data.read(0, slice(0, 3)))  # a process's share
+    assert all(torch.equal(value, before[name]) for name, value in module.model.state_dict().items())
 
 
 @pytest.mark.parametrize("name", NAMES)

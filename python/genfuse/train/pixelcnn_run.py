@@ -128,11 +128,11 @@ class PixelJob(Job):
         from .pixelcnn_module import PixelModule, PixelRunData
 
         data = PixelRunData(self.data, self.batches.order)
-        # Weights that the first batch sets are set before the training, by all of it, so that every process and the
-        # twin begin with the same ones.
-        images = data.read(0, slice(0, self.settings.batch_size))
-        with torch.no_grad(), memory_for("the first batch"):
-            model.train().log_prob(*(images if isinstance(images, tuple) else (images,)))
+        if hasattr(model, "initialize"):
+            # By all of the first batch, before the training, so that every process and the twin begin with the same.
+            images = data.read(0, slice(0, self.settings.batch_size))
+            with memory_for("the first batch"):
+                model.initialize(*(images if isinstance(images, tuple) else (images,)))
         if self.settings.implementation == "torch":
             model = twin_of(model, self.arguments)
         return PixelModule(model, self.settings, self.batches), data

@@ -613,18 +613,22 @@ def test_normalised_weights_are_computed_once_while_parameters_stay(monkeypatch:
     assert run() == 0
 
 
+def _two_steps(case: str, rank: int, file: Path) -> None:
+    """Two passes over this process' part of the images; what shares them must be gone before the group is."""
+    model, given = build(models, case), data(case, 8)
+    both = torch.nn.parallel.DistributedDataParallel(model)
+    for _ in range(2):  # the second one raises if a parameter had no gradient in the first
+        both(*(one[5 * rank : 5 + 3 * rank] for one in given)).square().sum().backward()
+    torch.save(model.state_dict(), file)
+
+
 def _first_batches(rank: int, folder: str) -> None:
-    """One of two processes: the first batch of its part of the images, and a step of both."""
+    """One of two processes."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     try:
         for case in ("plus, grey", "gated, bits", "snail"):
-            model, given = build(models, case), data(case, 8)
-            both = torch.nn.parallel.DistributedDataParallel(model)
-            out = both(*(one[5 * rank : 5 + 3 * rank] for one in given))
-            out.square().sum().backward()  # raises if a parameter had no gradient, in the next step
-            both(*(one[5 * rank : 5 + 3 * rank] for one in given)).square().sum().backward()
-            torch.save(model.state_dict(), Path(folder) / f"{case} {rank}.pt")
+            _two_steps(case, rank, Path(folder) / f"{case} {rank}.pt")
     finally:
         torch.distributed.destroy_process_group()
 

@@ -233,14 +233,14 @@ class PixelCNNPlusPlusJob(PixelJob):
 
     def sizes(self) -> str:
         settings = self.settings
-        blocks = f"{settings.scales} scales of {settings.nr_resnet} blocks, {settings.nr_filters} filters"
-        return f"{blocks}, {self.pixels()}"
+        blocks = f"{_number(settings.nr_resnet, 'block')} at {_number(settings.scales, 'scale')}"
+        return f"{blocks}, {settings.nr_filters} filters, {self.pixels()}"
 
     def pixels(self) -> str:
         number = self.settings.nr_logistic_mix
         if self.data.seen == 2:
             return "Bernoulli pixels"
-        return f"mixtures of {number} logistics" if number else "a probability for each level"
+        return f"mixtures of {_number(number, 'logistic')}" if number else "a probability for each level"
 
 
 class PixelSNAILJob(PixelCNNPlusPlusJob):
@@ -251,10 +251,12 @@ class PixelSNAILJob(PixelCNNPlusPlusJob):
 
     def sizes(self) -> str:
         settings = self.settings
-        blocks = (
-            f"{settings.nr_blocks} attentions after {settings.nr_resnet} blocks each, {settings.nr_filters} filters"
-        )
-        return f"{blocks}, {self.pixels()}"
+        blocks = f"{_number(settings.nr_resnet, 'block')} before each of {_number(settings.nr_blocks, 'attention')}"
+        return f"{blocks}, {settings.nr_filters} filters, {self.pixels()}"
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' if count != 1 else ''}"
 
 
 JOBS: tuple[type[PixelJob], ...] = (PixelCNNJob, GatedPixelCNNJob, PixelCNNPlusPlusJob, PixelSNAILJob)

@@ -557,6 +557,7 @@ class PixelSettings(PartSettings):
     binary: bool = False
     levels: int | None = None
     conditional: bool = False
+    epochs: int = 30
     clip: float = 1.0
 
     data_kind: ClassVar[str] = "images"

@@ -586,7 +586,7 @@ trains(
     PixelCNNSettings,
     """Train a PixelCNN on images: masked convolutions that give each pixel's distribution given those before it.
 
-    Without options: on scikit-learn's 1797 digits of 8 by 8 pixels and 17 grey levels, in about a minute on two CPU
+    Without options: on scikit-learn's 1797 digits of 8 by 8 pixels and 17 grey levels, in a minute or two on two CPU
     cores; bits per dimension. With --binary, on black and white images drawn from the grey ones; nats. The run's folder
     receives the model that did best on the validation images, what it scores on the test images, the time for one image
     (cached, and by the naive loop), the loss curve, TensorBoard logs, and pictures of samples and of completions of
@@ -610,7 +610,7 @@ trains(
     GatedPixelCNNSettings,
     """Train a Gated PixelCNN on images: a vertical and a horizontal stack, which see all that comes before a pixel.
 
-    Without options: on scikit-learn's digits, in about two minutes on two CPU cores. Data, folder and figures are those
+    Without options: on scikit-learn's digits, in a minute or two on two CPU cores. Data, folder and figures are those
     of genfuse train pixelcnn.
 
     Examples:
@@ -631,7 +631,7 @@ trains(
     """Train a PixelCNN++ on images: streams at several scales, and a mixture of logistics for each pixel.
 
     Without options: on scikit-learn's digits in 16 grey levels (a mixture of logistics is over a power of two), in
-    about three minutes on two CPU cores. Data, folder and figures are those of genfuse train pixelcnn.
+    a few minutes on two CPU cores. Data, folder and figures are those of genfuse train pixelcnn.
 
     Examples:
 
@@ -649,7 +649,7 @@ trains(
     PixelSNAILSettings,
     """Train a PixelSNAIL on images: gated blocks and causal attention, and a mixture of logistics for each pixel.
 
-    Without options: on scikit-learn's digits in 16 grey levels, in about three minutes on two CPU cores. Data, folder
+    Without options: on scikit-learn's digits in 16 grey levels, in a minute or two on two CPU cores. Data, folder
     and figures are those of genfuse train pixelcnn.
 
     Examples:

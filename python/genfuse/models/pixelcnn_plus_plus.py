@@ -122,17 +122,12 @@ class Builder:
         assert add is not None
         return add
 
-    def concatenate(self, parts: Sequence[int], sizes: Sequence[int]) -> int:
-        """A value of all the channels of others."""
-        whole, start = sum(sizes), 0
-        found: int | None = None
-        for part, size in zip(parts, sizes, strict=True):
-            places = self.like.new_zeros(whole, size, 1, 1)
-            places[start : start + size, :, 0, 0] = torch.eye(size, dtype=places.dtype, device=places.device)
-            found = self.program.conv(part, places, add=found)
-            start += size
-        assert found is not None
-        return found
+    def place(self, x: int, whole: int, start: int, offset: tuple[int, int] = (0, 0), add: int | None = None) -> int:
+        """A value's channels as those from `start` on of `whole`, of what lies at `offset` from each position."""
+        size = self.program.values[x][0]
+        places = self.like.new_zeros(whole, size, 1, 1)
+        places[start : start + size, :, 0, 0] = torch.eye(size, dtype=places.dtype, device=places.device)
+        return self.program.conv(x, places, offset=offset, add=add)
 
     def block(self, block: Any, x: int, aux: Sequence[int] = (), sizes: Sequence[int] = ()) -> int:
         """A `genfuse.nn.GatedResNet`, whose other input is a concatenation."""

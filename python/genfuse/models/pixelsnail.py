@@ -53,16 +53,17 @@ class _Block(torch.nn.Module):
         out: Tensor = self.merge(ul, mixed, labels)
         return out
 
-    def build(self, builder: Builder, ul: int, background: int) -> int:
+    def build(self, builder: Builder, ul: int, background: Tensor) -> int:
         for block in self.resnets:
             ul = builder.block(block, ul)
         key, value = self._build_content(builder, ul, background)
-        question = builder.block(self.question, builder.concatenate([ul, background], [self.filters, 2]))
+        where = builder.program.constant(F.pad(background, (0, 0, 0, 0, self.filters, 0)))
+        question = builder.block(self.question, builder.place(ul, self.filters + 2, 0, add=where))
         query = self._build_query(builder, question)
         mixed = builder.program.attention(query, key, value, self.heads, strict=False)
         return builder.block(self.merge, ul, [mixed], [self.values])
 
-    def _build_content(self, builder: Builder, ul: int, background: int) -> tuple[int, int]:
+    def _build_content(self, builder: Builder, ul: int, background: Tensor) -> tuple[int, int]:
         """Keys and values of the pixel before, in raster order.
 
         A program's pixel cannot see its own value, only those before. So everything that keys and values are made of is
@@ -72,18 +73,13 @@ class _Block(torch.nn.Module):
         """
         program, like = builder.program, builder.like
         height, width = program.height, program.width
-        sizes = [self.image, self.filters, 2]
-        whole, start = sum(sizes), 0
-        raw: int | None = None
-        live = torch.zeros(2, width + 1, dtype=torch.bool)
-        live[1, 0] = live[0, width] = True  # the pixel to the left; of the first column, the last of the row above
-        for part, size in zip((program.image, ul, background), sizes, strict=True):
-            places = like.new_zeros(whole, size, 2, width + 1)
-            unit = torch.eye(size, dtype=like.dtype, device=like.device)
-            places[start : start + size, :, 1, 0] = places[start : start + size, :, 0, width] = unit
-            raw = program.conv(part, places, offset=(-1, -1), live=live, add=raw)
-            start += size
-        assert raw is not None
+        # The pixel before is the one to the left; of the first column, the last of the row above.
+        whole, left, above = self.image + self.filters + 2, (0, -1), (-1, width - 1)
+        moved = F.pad(background.flatten(1)[:, :-1], (1, 0)).view(2, height, width)
+        raw = program.constant(F.pad(moved, (0, 0, 0, 0, whole - 2, 0)))
+        for part, start in ((program.image, 0), (ul, self.image)):
+            for offset in (left, above):
+                raw = builder.place(part, whole, start, offset, raw)
         content = builder.block(self.content, raw)
         weight, bias = self.key_value.weight, self.key_value.bias
         key_weight, value_weight = weight[: self.keys], weight[self.keys :]
@@ -233,7 +229,7 @@ class PixelSNAIL(WeightNormModel):
     def _build(self, program: PixelProgram, labels: Tensor | None) -> int:
         builder = Builder(program, labels, self.resnet_nonlinearity, self._like)
         ul = self.start.build(builder)
-        background = program.constant(self.background.to(self._like.dtype))
+        background = self.background.to(self._like.dtype)
         for block in self.blocks:
             assert isinstance(block, _Block)
             ul = block.build(builder, ul, background)

@@ -62,7 +62,9 @@ struct Sampler {
       for (int64_t i = 0; i < p.instruction_count; ++i) row(p.instructions[i], y);
       for (int64_t x = 0; x < p.width; ++x) {
         for (int64_t sub = 0; sub < p.sub_pixels; ++sub) {
-          for (int64_t i = 0; i < p.instruction_count; ++i) pixel(p.instructions[i], y, x);
+          for (int64_t i = 0; i < p.instruction_count; ++i) {
+            if (p.sub_pixels > 1 || !p.instructions[i].own) pixel(p.instructions[i], y, x);
+          }
           for (int64_t r = 0; r < count; ++r) {
             if (p.sub_pixels > 1) {
               draw_channel(r, sub, y, x);
@@ -74,6 +76,9 @@ struct Sampler {
           }
         }
         if (p.outputs != nullptr) record(y, x);
+        for (int64_t i = 0; i < p.instruction_count; ++i) {
+          if (p.instructions[i].own) pixel(p.instructions[i], y, x);
+        }
       }
     }
   }

@@ -73,7 +73,8 @@ class PixelPlan {
     throw std::runtime_error(message.str());
   }
   static int64_t bounded(int64_t value, int64_t least, int64_t most, const char* what) {
-    check(value >= least && value <= most, "program has a ", what, " of ", value, ", not between ", least, " and ", most);
+    check(value >= least && value <= most, "program has a ", what, " of ", value, ", not between ", least, " and ",
+          most);
     return value;
   }
   int64_t next() {
@@ -89,7 +90,8 @@ class PixelPlan {
   PixelValue& value(int64_t index) { return values_[static_cast<size_t>(index)]; }
 
   const PixelTensor<T>& tensor(int64_t index, const char* what) {
-    check(index >= 0 && index < static_cast<int64_t>(tensors_.size()), "program has no tensor ", index, " for a ", what);
+    check(index >= 0 && index < static_cast<int64_t>(tensors_.size()), "program has no tensor ", index, " for a ",
+          what);
     return tensors_[static_cast<size_t>(index)];
   }
   // A tensor of `sizes`, or one of them for each image: its distance from image to image.
@@ -105,6 +107,7 @@ class PixelPlan {
   }
 
   void read_values(int64_t count) {
+    check(program_.size() - at_ >= static_cast<size_t>(3 * count), "program ends too early");
     values_.resize(static_cast<size_t>(count));
     for (PixelValue& v : values_) {
       v.channels = bounded(next(), 1, kMost, "number of channels");
@@ -116,10 +119,16 @@ class PixelPlan {
     }
     check(values_[0].channels == p.channels && values_[0].factor == 1 && !values_[0].by_rows,
           "program's first value is not the image");
+    own_.resize(values_.size());
+    own_[0] = true;
   }
 
   void same(const PixelValue& a, const PixelValue& b, const char* what) {
     check(a.channels == b.channels && a.factor == b.factor, "program has a ", what, " of another size");
+  }
+  // The value that is being made depends at a pixel on that pixel itself if the other does.
+  void inherits(int64_t made, int64_t from) {
+    if (own_[static_cast<size_t>(from)]) own_[static_cast<size_t>(made)] = true;
   }
   // What follows from `from` alone is known for a row at once only if that is.
   void follows(const PixelValue& out, const PixelValue& from) {
@@ -150,6 +159,7 @@ class PixelPlan {
         const PixelValue& x = value(in.in);
         check(x.channels == 2 * out.channels && x.factor == out.factor, "program has a gate of another size");
         follows(out, x);
+        inherits(made, in.in);
         read_other(in, made);
         if (condition >= 0) in.tensor = of_image(condition, {x.channels}, "condition", in.image_stride);
         break;
@@ -159,8 +169,10 @@ class PixelPlan {
         in.activation = static_cast<PixelActivation>(bounded(next(), 0, kPixelActivations - 1, "activation"));
         const PixelValue& x = value(in.in);
         const int64_t times = in.activation == PixelActivation::concat_elu ? 2 : 1;
-        check(out.channels == times * x.channels && x.factor == out.factor, "program has an activation of another size");
+        check(out.channels == times * x.channels && x.factor == out.factor,
+              "program has an activation of another size");
         follows(out, x);
+        inherits(made, in.in);
         break;
       }
       case PixelOp::add:
@@ -168,6 +180,7 @@ class PixelPlan {
         in.other = next();
         same(value(in.in), out, "sum");
         follows(out, value(in.in));
+        inherits(made, in.in);
         check(in.other >= 0, "program has a sum of one");
         read_other(in, made);
         break;
@@ -182,6 +195,8 @@ class PixelPlan {
         same(v, out, "attended value");
         check(q.factor == v.factor && q.channels % in.heads == 0 && v.channels % in.heads == 0 && !out.by_rows,
               "program has an attention whose sizes do not fit");
+        inherits(made, in.in);
+        if (!in.strict) inherits(made, in.key), inherits(made, in.value);
         k.rows = k.height;
         v.rows = v.height;
         p.attended = std::max(p.attended, q.height * q.width);
@@ -190,6 +205,7 @@ class PixelPlan {
     }
     check(count == static_cast<int64_t>(at_ - begin), "program has an instruction of ", at_ - begin,
           " arguments that says it has ", count);
+    in.own = own_[static_cast<size_t>(made)];
     instructions_.push_back(in);
   }
 
@@ -198,6 +214,7 @@ class PixelPlan {
     check(in.other < made, "program uses value ", in.other, " before it is made");
     same(value(in.other), value(made), "sum");
     follows(value(made), value(in.other));
+    inherits(made, in.other);
   }
 
   void read_conv(PixelInstruction<T>& in, int64_t made) {
@@ -222,7 +239,8 @@ class PixelPlan {
     if (bias >= 0) in.bias = of_image(bias, {out.channels}, "bias", in.image_stride);
     read_other(in, made);
     if (transposed) {
-      check(stride == 2 && step == 1 && x.factor == 2 * out.factor, "program has a transposed convolution of another size");
+      check(stride == 2 && step == 1 && x.factor == 2 * out.factor,
+            "program has a transposed convolution of another size");
       in.up = 2;
     } else {
       check(out.factor == stride * x.factor, "program has a convolution of another size");
@@ -240,8 +258,8 @@ class PixelPlan {
         const int64_t sy = oy + i, sx = ox + j;
         tap = {2 * (sy & 1) + (sx & 1), -halve(sy), -halve(sx), tap.place};
       }
-      const bool image = in.in == 0 && p.sub_pixels == 1;
-      check(tap.dy < 0 || (tap.dy == 0 && (x.by_rows || tap.dx < 0 || (tap.dx == 0 && !image))),
+      const bool own = own_[static_cast<size_t>(in.in)] && p.sub_pixels == 1;
+      check(tap.dy < 0 || (tap.dy == 0 && (x.by_rows || tap.dx < 0 || (tap.dx == 0 && !own))),
             "program has a tap that looks into the future");
       check(!out.by_rows || x.by_rows || tap.dy < 0, "program wants a row of what is known by pixels only");
       if (tap.dy <= -x.height || tap.dx <= -x.width || tap.dx >= x.width) continue;  // sees nothing but zeros
@@ -294,8 +312,10 @@ class PixelPlan {
   }
 
   void read_head() {
-    check(p.head_value > 0 && p.head_value < static_cast<int64_t>(values_.size()), "program has no value ", p.head_value);
+    check(p.head_value > 0 && p.head_value < static_cast<int64_t>(values_.size()), "program has no value ",
+          p.head_value);
     const PixelValue& v = value(p.head_value);
+    check(!own_[static_cast<size_t>(p.head_value)], "program has a head that depends on the pixel that it is to draw");
     int64_t wanted = p.channels * p.levels;
     p.draws = p.channels;
     if (p.head == PixelHead::bernoulli) {
@@ -304,8 +324,8 @@ class PixelPlan {
     } else if (p.head == PixelHead::mixture) {
       check(p.channels == 1 || p.channels == 3, "program has a mixture of ", p.channels, " channels");
       check(p.sub_pixels == 1, "program has a mixture that is drawn channel by channel");
-      check((p.levels & (p.levels - 1)) == 0 && p.levels >= 2 && p.levels <= 65536, "program has a mixture of ", p.levels,
-            " levels");
+      check((p.levels & (p.levels - 1)) == 0 && p.levels >= 2 && p.levels <= 65536, "program has a mixture of ",
+            p.levels, " levels");
       wanted = (p.channels == 3 ? 10 : 3) * bounded(p.components, 1, kMost, "number of components");
       p.draws = p.channels + 1;
     }
@@ -332,6 +352,7 @@ class PixelPlan {
   const std::vector<int64_t>& program_;
   size_t at_ = 0;
   std::vector<PixelValue> values_;
+  std::vector<bool> own_;  // whether a value depends at a pixel on that pixel, not known before it is drawn
   std::vector<PixelInstruction<T>> instructions_;
   std::deque<std::vector<int64_t>> places_;
   std::deque<std::vector<PixelRun>> runs_;

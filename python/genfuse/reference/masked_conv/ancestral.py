@@ -30,7 +30,7 @@ HEADER, VALUE = 11, 3
 
 
 def _index(name: str, value: object, least: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    if isinstance(value, bool | Tensor) or not hasattr(value, "__index__"):
         raise TypeError(f"PixelProgram: {name} must be an int, got {type(value).__name__}")
     found: int = value.__index__()
     if found < least:
@@ -89,6 +89,8 @@ class PixelProgram:
             raise ValueError(f"PixelProgram: sub_pixels must be 1 or the {channels} channels, got {sub_pixels}")
         self.scale, self.shift, self.log_scale_min = float(scale), float(shift), -7.0
         self.values: list[list[int]] = [[self.channels, 1, 0]]
+        # Whether a value depends at a pixel on that pixel itself, all of which is not known yet when it is drawn.
+        self._own = [True]
         self.instructions: list[list[int]] = []
         self.tensors: list[Tensor] = []
         self.head: list[int] | None = None  # kind, levels, components, layout, value
@@ -129,10 +131,13 @@ class PixelProgram:
         factor = self._known("value", value)[1]
         return -(-self.height // factor), -(-self.width // factor)
 
-    def _add(self, code: int, channels: int, factor: int, by_rows: bool, *arguments: int) -> int:
+    def _add(
+        self, code: int, channels: int, factor: int, by_rows: bool, *arguments: int, like: Sequence[int | None] = ()
+    ) -> int:
         if self.head is not None:
             raise ValueError("PixelProgram: nothing can follow the head")
         self.values.append([channels, factor, int(by_rows)])
+        self._own.append(any(self._own[value] for value in like if value is not None))
         made = len(self.values) - 1
         self.instructions.append([code, 1 + len(arguments), made, *arguments])
         return made
@@ -243,7 +248,7 @@ class PixelProgram:
         activation: str,
     ) -> int:
         by_rows, outputs = self.values[x][2], weight.size(0)
-        in_past = self.sub_pixels == 1 and x == self.image  # the pixel itself is not known yet
+        in_past = self._own[x] and self.sub_pixels == 1  # the pixel itself is not known yet
         for dy, dx in taps:
             if dy > 0 or (dy == 0 and not by_rows and (dx > 0 or (dx == 0 and in_past))):
                 raise ValueError(
@@ -252,14 +257,14 @@ class PixelProgram:
         kind = _choice("activation", activation, ACTIVATIONS[:5])
         whole = bool(by_rows) or all(dy < 0 for dy, _ in taps)
         if add is not None:
-            whole = whole and bool(self._like("add", add, outputs, factor)[2])
+            known = self._like("add", add, outputs, factor)
+            whole = whole and bool(known[2])
         index = self._tensor("weight", weight, tuple(weight.shape))
         of_bias = -1 if bias is None else self._tensor("bias", bias, (outputs,), ("B", outputs))
         given = -1 if add is None else int(add)
         flat = [place for pair in places for place in pair]
-        return self._add(
-            CONV, outputs, factor, whole, x, given, index, of_bias, kind, transposed, *geometry, len(places), *flat
-        )
+        numbers = (x, given, index, of_bias, kind, transposed, *geometry, len(places), *flat)
+        return self._add(CONV, outputs, factor, whole, *numbers, like=[add])
 
     def gate(
         self, x: int, *, activation: str = "tanh", condition: Tensor | None = None, residual: int | None = None
@@ -272,23 +277,24 @@ class PixelProgram:
             raise ValueError(f"PixelProgram: x must have an even number of channels, got {channels}")
         kind = _choice("activation", activation, GATES)
         if residual is not None:
-            by_rows = by_rows and self._like("residual", residual, channels // 2, factor)[2]
+            known = self._like("residual", residual, channels // 2, factor)
+            by_rows = by_rows and known[2]
         index = -1 if condition is None else self._tensor("condition", condition, (channels,), ("B", channels))
         given = -1 if residual is None else int(residual)
-        return self._add(GATE, channels // 2, factor, bool(by_rows), x, given, index, kind)
+        return self._add(GATE, channels // 2, factor, bool(by_rows), x, given, index, kind, like=[x, residual])
 
     def activation(self, x: int, kind: str) -> int:
         """relu, elu, tanh, sigmoid, or concat_elu, which has twice the channels."""
         channels, factor, by_rows = self._known("x", x)
         code = _choice("kind", kind, ACTIVATIONS)
         outputs = 2 * channels if kind == "concat_elu" else channels
-        return self._add(ACTIVATION, outputs, factor, bool(by_rows), x, code)
+        return self._add(ACTIVATION, outputs, factor, bool(by_rows), x, code, like=[x])
 
     def add(self, a: int, b: int) -> int:
         """a + b."""
         channels, factor, by_rows = self._known("a", a)
-        both = by_rows and self._like("b", b, channels, factor)[2]
-        return self._add(ADD, channels, factor, bool(both), a, b)
+        other = self._like("b", b, channels, factor)
+        return self._add(ADD, channels, factor, bool(by_rows and other[2]), a, b, like=[a, b])
 
     def attention(self, q: int, k: int, v: int, heads: int = 1, *, strict: bool = True) -> int:
         """Scaled dot-product attention of every position to those before it in raster order and, unless `strict`, to
@@ -301,7 +307,8 @@ class PixelProgram:
         heads = _index("heads", heads, 1)
         if channels % heads != 0 or outputs % heads != 0:
             raise ValueError(f"PixelProgram: {heads} heads must divide the {channels} and {outputs} channels")
-        return self._add(ATTENTION, outputs, factor, False, q, k, v, heads, int(strict))
+        like = [q] if strict else [q, k, v]
+        return self._add(ATTENTION, outputs, factor, False, q, k, v, heads, int(strict), like=like)
 
     # ---- heads -------------------------------------------------------------------------------------------------------
 
@@ -311,6 +318,8 @@ class PixelProgram:
         self._like("x", x, wanted, 1)
         if x == self.image:
             raise ValueError("PixelProgram: the head must be made of a value of the network, not of the image")
+        if self._own[x]:
+            raise ValueError("PixelProgram: the head depends on the pixel that it is to draw")
         self.head = [kind, levels, components, layout, int(x)]
 
     def categorical(self, x: int, levels: int, order: str = "level_inner") -> None:
@@ -407,11 +416,11 @@ def _convolve(x: Tensor, weight: Tensor, arguments: Sequence[int], size: tuple[i
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int, strict: int) -> Tensor:
     batch, _, height, width = q.shape
-    q, k, v = (part.reshape(batch, heads, -1, height * width).transpose(2, 3) for part in (q, k, v))
+    q, k, v = (part.reshape(batch, heads, part.size(1) // heads, height * width).transpose(2, 3) for part in (q, k, v))
     seen = torch.ones(height * width, height * width, dtype=torch.bool, device=q.device).tril(-1 if strict else 0)
     scores = (q @ k.transpose(2, 3) / math.sqrt(q.size(-1))).masked_fill(~seen, -math.inf)
     shares = torch.softmax(scores, -1).masked_fill(~seen, 0.0)  # a row that sees nothing is NaN before
-    return (shares @ v).transpose(2, 3).reshape(batch, -1, height, width)
+    return (shares @ v).transpose(2, 3).reshape(batch, heads * v.size(3), height, width)
 
 
 def evaluate(program: Sequence[int], tensors: Sequence[Tensor], image: Tensor) -> Tensor:
@@ -475,7 +484,8 @@ def _draw(program: Sequence[int], constants: Sequence[float], head: Tensor, u: T
     if kind == 2:
         logits = head[:, which]
         return torch.where(logits.isnan(), -1, (u[:, which] < torch.sigmoid(logits)).to(torch.int64))
-    logits = head.view(-1, channels, levels) if kind == 0 else head.view(-1, levels, channels).transpose(1, 2)
+    batch = head.size(0)
+    logits = head.view(batch, channels, levels) if kind == 0 else head.view(batch, levels, channels).transpose(1, 2)
     logits = logits[:, which].to(torch.float64)
     cumulated = torch.exp(logits - logits.amax(-1, keepdim=True)).cumsum(-1)
     threshold = u[:, which, None].to(torch.float64) * cumulated[..., -1:]
@@ -519,5 +529,5 @@ def ancestral_sample(
                 levels[:, which, y, x] = drawn
                 image[:, which, y, x] = drawn.to(dtype) * scale + shift
             recorded.append(head)  # of the last channel, when all that precedes it is known
-    outputs = torch.stack(recorded, -1).view(batch, -1, height, width) if record else image.new_empty(0)
+    outputs = torch.stack(recorded, -1).view(*head.shape, height, width) if record else image.new_empty(0)
     return levels, outputs

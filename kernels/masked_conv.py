@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .flow import _sigmoid
 from .likelihood import _tanh
-from .sampling import _add_up, _excess, _like, _or_none, _power_of_two, _Strided
+from .sampling import _add_up, _excess, _like, _one_stride, _or_none, _power_of_two, _Strided
 
 __all__ = [
     "concat_elu",
@@ -466,17 +466,17 @@ def _conv_kernel(
         ours = _group_of(group * OUT + cols, OUT * GROUPS, G, INTERLEAVED)
         low = group * IN
         for of in range(G):
-            # The inputs of this group: begin, begin + stride ..., before `end`, as counted in torch's group.
+            # The inputs of this group: lowest, lowest + stride ..., before `end`, as counted in torch's group.
             if INTERLEAVED:
-                begin = (of - low % G + G) % G
+                lowest = (of - low % G + G) % G
                 end = low * 0 + IN
                 stride: tl.constexpr = G
             else:
-                begin = tl.maximum((of * (IN * GROUPS) + G - 1) // G - low, 0)
+                lowest = tl.maximum((of * (IN * GROUPS) + G - 1) // G - low, 0)
                 end = tl.minimum(((of + 1) * (IN * GROUPS) + G - 1) // G - low, IN)
                 stride: tl.constexpr = 1
             more = acc
-            for start in range(begin, end, BC * stride):
+            for start in range(lowest, end, BC * stride):
                 c = start + tl.arange(0, BC) * stride
                 a = tl.load(
                     x + base[:, None] + c.to(tl.int64)[None, :] * x_channel,
@@ -506,11 +506,12 @@ def _conv_weight_kernel(
     g_row, g_channel, g_y, g_x, x_row, x_channel, x_y, x_x,
     IN: tl.constexpr, OUT: tl.constexpr, KW: tl.constexpr, FIRST: tl.constexpr, TAPS: tl.constexpr,
     CENTRE: tl.constexpr, GROUPS: tl.constexpr, G: tl.constexpr, INTERLEAVED: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    DENSE: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """BM outputs by BN pairs of a live tap and an input, summed over one `share` of the pixels (of whole blocks BK).
 
     `parts` is ``[shares, GROUPS OUT, taps, IN]``; TAPS includes the centre, of which only the live pairs are not 0.
+    DENSE: all pixels of `grad` lie at one distance.
     """
     program = tl.program_id(0).to(tl.int64)
     columns: tl.constexpr = (TAPS * IN + BN - 1) // BN
@@ -543,7 +544,10 @@ def _conv_weight_kernel(
         rest = begin_0 + pixel - image * size
         row = rest // out_width
         col = rest - row * out_width
-        at = image.to(tl.int64) * g_row + row.to(tl.int64) * g_y + col.to(tl.int64) * g_x
+        if DENSE:
+            at = (begin_0 + pixel).to(tl.int64) * g_x
+        else:
+            at = image.to(tl.int64) * g_row + row.to(tl.int64) * g_y + col.to(tl.int64) * g_x
         a = tl.load(
             grad + at[None, :] + out.to(tl.int64)[:, None] * g_channel,
             mask=there[None, :] & (out < OUT)[:, None],
@@ -772,10 +776,14 @@ def _conv_weight(
     share = triton.cdiv(blocks, min(max(_SPLIT_PROGRAMS // programs, 1), blocks)) * BK
     shares = triton.cdiv(pixels, share)
     parts = x.new_empty((shares, outputs * groups, taps, inputs), dtype=torch.float32)
+    steps = grad_y.stride()
+    dense = _one_stride((grad_y.size(0), *grad_y.shape[2:]), (steps[0], *steps[2:]))
+    if dense is not None:
+        steps = *steps[:3], dense
     _conv_weight_kernel[(programs * shares,)](
         grad_y, x, parts, pixels, share, x.size(2), x.size(3), grad_y.size(2), grad_y.size(3), *offsets,
-        *grad_y.stride(), *x.stride(), IN=inputs, OUT=outputs, KW=kw, FIRST=mask.first, TAPS=taps, CENTRE=mask.centre,
-        GROUPS=groups, G=channel_groups, INTERLEAVED=interleaved, PRECISION=precision, BM=BM, BN=BN, BK=BK,
-        num_warps=4, num_stages=2 if BM * BN * BK > 128 * 64 * 32 else 3,
+        *steps, *x.stride(), IN=inputs, OUT=outputs, KW=kw, FIRST=mask.first, TAPS=taps, CENTRE=mask.centre,
+        GROUPS=groups, G=channel_groups, INTERLEAVED=interleaved, DENSE=dense is not None, PRECISION=precision, BM=BM,
+        BN=BN, BK=BK, num_warps=4, num_stages=2 if BK * (BM + BN) * x.element_size() > 16384 else 3,
     )  # fmt: skip
     return parts[0] if shares == 1 else parts.sum(0)

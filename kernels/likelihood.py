@@ -586,7 +586,7 @@ def _all_components(
     nothing = tl.zeros(red.shape, tl.float32)
     top, joint_top = nothing - float("inf"), nothing - float("inf")
     total, joint_total = nothing, nothing
-    for m in range(M):
+    for m in tl.range(M, loop_unroll_factor=2):  # two that do not wait for each other
         logit = _parameter(params, place, m, by_channel, ok)
         each = _component(
             params, place, M + m * COMPONENT, by_channel, ok, red, green, blue, half, log_width, least, CHANNELS, STEP,

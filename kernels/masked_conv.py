@@ -243,7 +243,7 @@ def gated_activation_backward(
     to_bias, to_conditional = _like(bias, bool(needs & 2), x), none
     if conditional is not None and needs & 4:
         full = conditional.shape == x.shape
-        to_conditional = _empty(x, dim, x.size(dim), conditional.dtype) if full else torch.empty_like(conditional)
+        to_conditional = _empty(x, dim, x.size(dim), conditional.dtype) if full else _like(conditional, True, x)
     to_residual = none
     if residual is not None and needs & 8:
         to_residual = _empty(x, dim, x.size(dim) // 2, residual.dtype)

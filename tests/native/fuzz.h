@@ -191,6 +191,7 @@ void spline_case(Random& random, std::string& description);
 void conv1x1_case(Random& random, std::string& description);
 void gate_case(Random& random, std::string& description);
 void concat_elu_case(Random& random, std::string& description);
+void ancestral_case(Random& random, std::string& description);
 void masked_conv2d_case(Random& random, std::string& description);
 void masked_linear_case(Random& random, std::string& description);
 void autoregressive_case(Random& random, std::string& description);

@@ -29,6 +29,7 @@ constexpr Kernel kKernels[] = {
     {"conv1x1", fuzz::conv1x1_case},
     {"gate", fuzz::gate_case},
     {"concat_elu", fuzz::concat_elu_case},
+    {"ancestral", fuzz::ancestral_case},
     {"masked_conv2d", fuzz::masked_conv2d_case},
     {"masked_linear", fuzz::masked_linear_case},
     {"autoregressive", fuzz::autoregressive_case},

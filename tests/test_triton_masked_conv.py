@@ -50,7 +50,7 @@ TANH, LINEAR = 0, 1
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many programs, and many blocks a program, from few elements."""
     monkeypatch.setattr(kernels, "_TILE", 32)
-    monkeypatch.setattr(kernels, "_PROGRAMS", 2)
+    monkeypatch.setattr(kernels, "_PROGRAMS", 4)
 
 
 # ---- masked convolutions --------------------------------------------------------------------------------------------

@@ -135,6 +135,12 @@ def test_every_row_holds(row: dict[str, str]) -> None:
                 drawn = ops.categorical_sample(x)
                 assert ops.vector_quantize_statistics(x, drawn, 3)[0].sum() == 2
             continue
+        if row["op"] == "discretized_logistic_mixture_sample":
+            with backends.use_backend(row["backend"]):
+                drawn = ops.discretized_logistic_mixture_sample(torch.zeros(2, 20, 4, dtype=dtype))
+            assert drawn.shape == (2, 3, 4)
+            assert drawn.abs().le(1.0).all()
+            continue
         if row["op"] == "linear_cross_entropy":
             arguments: tuple[object, ...] = (
                 torch.randn(4, 3, dtype=dtype),

@@ -38,11 +38,11 @@ def _parameters(params: Tensor, channels: int, layout: str, log_scale_min: float
     components = params.shape[1] // (1 + kinds * channels)
     logits, rest = params[:, :components], params[:, components:]
     if layout == "pixel_models":
-        parts = rest.unflatten(1, (kinds, components, channels)).transpose(2, 3).unbind(1)
+        parts = torch.unflatten(rest, 1, (kinds, components, channels)).transpose(2, 3).unbind(1)
     elif layout == "flax":
-        parts = rest.unflatten(1, (channels, components, kinds)).unbind(3)
+        parts = torch.unflatten(rest, 1, (channels, components, kinds)).unbind(3)
     else:
-        parts = rest.unflatten(1, (channels, kinds, components)).unbind(2)
+        parts = torch.unflatten(rest, 1, (channels, kinds, components)).unbind(2)
     # A component that cannot be, with a logit of -infinity, is replaced whole, whatever else it has.
     dead = (logits == -math.inf).unsqueeze(1)
     mean, scale, *more = (torch.where(dead, 0.0, part) for part in parts)

@@ -331,6 +331,10 @@ def calls(dtype: torch.dtype) -> None:
     convolve(16, 128, 128, 3, 32, "B", 1)
     if dtype == torch.bfloat16:
         convolve(2, 96, 96, 3, 8, "B", 3)
+    if dtype == torch.float32:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernels, "_precision", lambda dtype: "ieee")
+            kernels.masked_conv2d(of(2, 64, 16, 16), of(64, 64, 3, 3), None, *options("B"))
     for layout in (torch.contiguous_format, torch.channels_last):
         x = of(8, 64, 16, 16).contiguous(memory_format=layout)
         residual = of(8, 32, 16, 16).contiguous(memory_format=layout)

@@ -7,6 +7,7 @@ from pathlib import Path
 import autoregressive_cases
 import pytest
 import torch
+from ancestral_cases import any_program
 from genfuse import _native, backends, ops
 from genfuse.ops import operator
 from genfuse.ops import recurrent as recurrent_ops
@@ -134,6 +135,11 @@ def test_every_row_holds(row: dict[str, str]) -> None:
             with backends.use_backend(row["backend"]):
                 drawn = ops.categorical_sample(x)
                 assert ops.vector_quantize_statistics(x, drawn, 3)[0].sum() == 2
+            continue
+        if row["op"] == "ancestral_sample":
+            program = any_program(0, 2, dtype)
+            with backends.use_backend(row["backend"]):
+                assert ops.ancestral_sample(program, 2).ge(0).all()
             continue
         if row["op"] == "discretized_logistic_mixture_sample":
             with backends.use_backend(row["backend"]):

@@ -20,6 +20,7 @@ from genfuse.reference.masked_conv import live_taps
 from operator_cases import Problem, check
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 close = torch.testing.assert_close
 MASKS = ("A", "B", "vertical", "vertical_A", "vertical_B", "horizontal", "horizontal_A", "horizontal_B")
@@ -296,8 +297,11 @@ def test_the_memory_format_is_kept(channels: int, compiled: bool) -> None:
         x = torch.randn(2, channels, 6, 5).contiguous(memory_format=LAST if x_last else torch.contiguous_format)
         weight = torch.randn(8, channels, 3, 3)
         weight = weight.contiguous(memory_format=LAST if weight_last else torch.contiguous_format)
+        with FakeTensorMode() as mode:
+            fake = ops.masked_conv2d(mode.from_tensor(x), mode.from_tensor(weight))
         x.requires_grad_()
         y = call(x, weight)
+        assert fake.stride() == y.stride()
         last = (x_last and channels > 1) or (weight_last and channels > 1)
         assert y.is_contiguous(memory_format=LAST if last else torch.contiguous_format)
         (gradient,) = torch.autograd.grad(y.sum(), x)
@@ -342,11 +346,13 @@ def test_autocast_lowers_as_a_convolution_is_lowered(dtype: torch.dtype) -> None
     with torch.autocast("cpu", dtype=dtype):
         assert F.conv2d(x, weight).dtype == dtype
         y = ops.masked_conv2d(*leaves)
+        mixed = ops.masked_conv2d(x.to(dtype), weight, bias)  # as float32 parameters meet a half activation
         direct = torch.ops.genfuse.masked_conv2d(*leaves, 1, 1, False, 1, 1, 1, 1, 1)
         assert ops.masked_conv2d(x.double(), weight.double()).dtype == torch.float64
     assert y.dtype == dtype
     assert torch.equal(y, expected)
     assert torch.equal(direct, expected)
+    assert torch.equal(mixed, expected)
     gradients = torch.autograd.grad(y.float().sum(), leaves)
     assert [gradient.dtype for gradient in gradients] == [torch.float32] * 3
 
@@ -387,7 +393,7 @@ X, W = torch.zeros(2, 4, 5, 6), torch.zeros(3, 4, 3, 3)
         (TypeError, "weight must be a Tensor, got NoneType", lambda: ops.masked_conv2d(X, None)),
         (ValueError, "x must be of a floating dtype .*got torch.int64", lambda: ops.masked_conv2d(X.long(), W)),
         (RuntimeError, "weight must be torch.float32, the dtype of x", lambda: ops.masked_conv2d(X, W.double())),
-        (RuntimeError, r"x must be \[B, I, H, W\], got \[4, 5, 6\]", lambda: ops.masked_conv2d(X[0], W)),
+        (RuntimeError, r"x must be \[B, I, H, W\] or \[I, H, W\], got \[5, 6\]", lambda: ops.masked_conv2d(X[0, 0], W)),
         (RuntimeError, r"weight must be \[O, 4, kh, kw\].*got \[3, 2, 3, 3\]", lambda: ops.masked_conv2d(X, W[:, :2])),
         (RuntimeError, r"weight must be \[O, 2, kh, kw\]", lambda: ops.masked_conv2d(X, W, groups=2)),
         (RuntimeError, "groups must divide the 4 channels of x, got 3", lambda: ops.masked_conv2d(X, W, groups=3)),
@@ -466,6 +472,7 @@ def test_the_layer_is_a_convolution_with_a_mask() -> None:
     assert not layer.weight.grad[~mask].any()
     assert layer.weight.grad[mask].all()
     close(copy.deepcopy(layer)(x), expected)
+    close(layer(x[1]), expected[1])  # one image, as torch's layer takes it
     torch.manual_seed(3)
     first = nn.MaskedConv2d("A", 3, 4, 5, dilation=2, padding=3, bias=False, dtype=torch.float64)
     torch.manual_seed(3)

@@ -174,8 +174,9 @@ def masked_conv2d(
     ================================ ==============================================================================
 
     Args:
-        x: ``[B, I, H, W]``, any strides; float32, float64, bfloat16 or float16 (computed in float32); differentiable,
-            as weight and bias are. Fastest in ``torch.channels_last``, which is what the kernel works in.
+        x: ``[B, I, H, W]`` or, of one image, ``[I, H, W]``, any strides; float32, float64, bfloat16 or float16 (which
+            are computed in float32); differentiable, as weight and bias are. Fastest in ``torch.channels_last``, which
+            is what the kernel works in.
         weight: ``[O, I / groups, kh, kw]`` with odd kh and kw, of x's dtype.
         bias: ``[O]`` of x's dtype.
         mask_type: see above.
@@ -186,7 +187,8 @@ def masked_conv2d(
         groups: of channels that see only each other, as of ``F.conv2d``.
 
     Returns:
-        ``[B, O, H + 2 ph - dh (kh - 1), W + 2 pw - dw (kw - 1)]`` of x's dtype; in channels_last if x or the weight is.
+        ``[B, O, H + 2 ph - dh (kh - 1), W + 2 pw - dw (kw - 1)]`` of x's dtype, without B if x has none; in
+        channels_last if x or the weight is.
         Under autocast x, weight and bias follow it, as those of ``F.conv2d`` do. No sum depends on the number of
         threads.
 
@@ -208,8 +210,11 @@ def masked_conv2d(
     check_tensor(op, "weight", weight, ("x", x))
     code, count, interleaved = check_mask(op, mask_type, channel_groups, channel_order)
     _check_whole(op, "groups", groups, 1)
-    if x.dim() != 4:
-        raise RuntimeError(f"{op}: x must be [B, I, H, W], got {list(x.shape)}")
+    if x.dim() not in (3, 4):
+        raise RuntimeError(f"{op}: x must be [B, I, H, W] or [I, H, W], got {list(x.shape)}")
+    alone = x.dim() == 3
+    if alone:
+        x = x.unsqueeze(0)
     channels = x.shape[1]
     if channels % groups != 0:
         raise RuntimeError(f"{op}: groups must divide the {channels} channels of x, got {groups}")
@@ -237,7 +242,7 @@ def masked_conv2d(
             )
     arguments: tuple[Any, ...] = (x, weight, bias, code, count, interleaved, *border, *spread, groups)
     (y,) = _MASKED_CONV2D.run(op, x, arguments)
-    return y
+    return y.squeeze(0) if alone else y
 
 
 _MASKED_CONV2D.enter(masked_conv2d, "x")

@@ -517,6 +517,37 @@ def test_the_operator_compiles_and_exports() -> None:
     assert torch.equal(exported.module()(tensors, u), expected)
 
 
+def test_the_function_compiles_and_exports() -> None:
+    program = any_program(9, 3, torch.float32)
+    given = some_given(random.Random(9), program, 3)
+
+    class Model(torch.nn.Module):
+        def forward(self, u: Tensor | None, given: Tensor) -> Tensor:
+            return 2 * ops.ancestral_sample(program, 3, u=u, given=given)
+
+    u = uniforms(program, 3, 0, torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(Model(), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(u, given), Model()(u, given))
+    torch.manual_seed(2)
+    drawn = compiled(None, given)
+    torch.manual_seed(2)
+    assert torch.equal(drawn, Model()(None, given))
+    exported = torch.export.export(Model(), (u, given))
+    assert torch.equal(exported.module()(u, given), Model()(u, given))
+
+
+def test_uniforms_that_nobody_looked_at_are_harmless() -> None:
+    """As compiled code may hand them over."""
+    for seed in range(20):
+        program = any_program(seed, 2)
+        assert program.head is not None
+        for value in (-1.0, 1.0, 7.0, torch.nan, torch.inf):
+            u = torch.full_like(uniforms(program, 2), value)
+            levels = torch.ops.genfuse.ancestral_sample(program.tensors, u, None, *program.encode(), False)[0]
+            assert bool(((levels >= -1) & (levels < program.head[1])).all())
+
+
 def test_vmap_says_that_it_has_no_rule() -> None:
     program = any_program(9, 1)
     u = uniforms(program, 1).expand(2, -1, -1, -1, -1)
@@ -527,7 +558,15 @@ def test_vmap_says_that_it_has_no_rule() -> None:
 
 
 def test_there_is_no_gradient() -> None:
-    builder = Builder(9, 2, torch.float32)
-    program = builder.build(3)
-    assert all(not tensor.requires_grad for tensor in program.tensors)
-    assert not run(OP, program, 2, None, None, None, record=True)[1].requires_grad
+    """Nor are a network's parameters kept for one."""
+    weight = torch.randn(2, 1, 1, 1, requires_grad=True)
+    program = PixelProgram(1, 3, 3)
+    program.categorical(program.conv(program.image, weight, offset=(0, -1)), 2)
+    for backend in ("native", "reference"):
+        with genfuse.use_backend(backend):
+            assert not run(OP, program, 2, None, None, None, record=True)[1].requires_grad
+    levels, outputs = torch.ops.genfuse.ancestral_sample(
+        program.tensors, uniforms(program, 2), None, *program.encode(), True
+    )
+    assert not levels.requires_grad
+    assert not outputs.requires_grad

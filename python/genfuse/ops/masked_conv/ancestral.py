@@ -12,8 +12,8 @@ from torch import Tensor
 from torch import library as registry
 
 from genfuse import backends
-from genfuse.ops.operator import native_objection, on_cpu, rule_library
-from genfuse.ops.sampling import check_rng, philox_uniform
+from genfuse.ops.operator import can_look_at, native_objection, on_cpu, rule_library
+from genfuse.ops.sampling import _NOISES, check_rng, philox_uniform
 from genfuse.reference.masked_conv import ancestral as reference
 from genfuse.reference.masked_conv.ancestral import PixelProgram
 
@@ -60,8 +60,9 @@ def ancestral_sample(
         TypeError: an argument is of the wrong type.
         ValueError: a negative batch, a program without a head or with tensors of another batch, a u outside [0, 1), a
             level in given that the head does not have.
-        RuntimeError: u or given do not fit; the network gives no distribution (NaN or +inf) for some pixel. (On a GPU
-            and in the reference nobody waits to see: such a pixel is -1.)
+        RuntimeError: u or given do not fit; the network gives no distribution (NaN or +inf) for some pixel. (On a GPU,
+            in the reference and in compiled code nobody waits to see: such a pixel is -1. On a GPU and in compiled code
+            u and given are not looked at, either.)
 
     Example:
         >>> program = PixelProgram(1, 2, 3)
@@ -102,15 +103,20 @@ def run(
     wide = torch.float64 if like.dtype == torch.float64 else torch.float32
     of_u = (batch, program.draws, program.height, program.width)
     if u is None:
-        seed, offset = check_rng(op, like, generator, None).tolist()
-        u = philox_uniform(of_u, seed, offset, dtype=wide, device=like.device)
+        rng = check_rng(op, like, generator, None)
+        if on_cpu and like.is_cpu:  # whose numbers a compiler need not know
+            u = torch.empty(of_u, dtype=wide)
+            torch.ops.genfuse.philox_(u, rng, _NOISES.index("uniform"))
+        else:
+            seed, offset = rng.tolist()
+            u = philox_uniform(of_u, seed, offset, dtype=wide, device=like.device)
     else:
         if not isinstance(u, Tensor):
             raise TypeError(f"{op}: u must be a Tensor, got {type(u).__name__}")
         if not u.is_floating_point():
             raise ValueError(f"{op}: u must be floating, got {u.dtype}")
         _check_fits(op, "u", u, of_u, like)
-        if not bool(((u >= 0) & (u < 1)).all()):
+        if can_look_at(u) and not bool(((u >= 0) & (u < 1)).all()):
             raise ValueError(f"{op}: u must be in [0, 1)")
         if u.dtype == torch.float64 and wide != torch.float64:  # what is just below 1 must not be rounded to 1
             u = u.to(wide).clamp(max=1.0 - 2.0**-24)
@@ -122,14 +128,14 @@ def run(
             raise TypeError(f"{op}: given must be torch.int64, got {given.dtype}")
         _check_fits(op, "given", given, shape, like)
         count = numbers[5]
-        if not bool((given < count).all()):
+        if can_look_at(given) and not bool((given < count).all()):
             raise ValueError(f"{op}: given must be below the {count} levels, got {int(given.max())}")
         given = given.contiguous()
     arguments = (program.tensors, u, given, numbers, constants, record)
     if backends.select(op, {"program": program, "batch": batch, "u": u, "given": given}) == "reference":
         return reference.ancestral_sample(*arguments)
     levels, outputs = torch.ops.genfuse.ancestral_sample(*arguments)
-    if like.is_cpu and bool((levels < 0).any()):
+    if can_look_at(levels) and bool((levels < 0).any()):
         raise RuntimeError(f"{op}: the network gives no distribution (NaN or infinity) for some pixel")
     return levels, outputs
 

@@ -550,6 +550,10 @@ def test_first_batch_normalises() -> None:
         torch.testing.assert_close(y.std((0, 2, 3), correction=0), want, rtol=1e-5, atol=0)
         norms = layer.weight.flatten(1).norm(dim=1)
         torch.testing.assert_close(norms, layer.weight_g.abs())
+    same = nn.NetworkInNetwork(2, 3, init_scale=0.5)
+    y = same(torch.ones(2, 2, 3, 3))  # there is no deviation to make 1 of, and 1e5 is none
+    torch.testing.assert_close(same.weight_g.detach(), torch.full((3,), 0.5))
+    torch.testing.assert_close(y, torch.zeros_like(y), rtol=0, atol=1e-6)
     fresh = nn.NetworkInNetwork(2, 3).eval()
     fresh(torch.randn(4, 2, 3, 3))
     assert not bool(fresh.initialized)
@@ -573,6 +577,11 @@ def test_explicit_start_is_the_first_batch(case: str) -> None:
         assert torch.equal(value, ours), name
     before = copy.deepcopy(other.state_dict())
     other.train().loss(given[0].flip(0), *given[1:])
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+    with pytest.raises(IndexError if len(given) > 1 else ValueError):  # which stops halfway
+        other.initialize(given[0] // 2, *(one + 4 for one in given[1:] or [torch.zeros(8, dtype=torch.int64)]))
+    before = copy.deepcopy(other.state_dict())
+    other.loss(given[0].flip(0), *given[1:])
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
     other.initialize(given[0] // 2, *given[1:])  # once more, by other images
     assert not torch.equal(other.head.bias, before["head.bias"])

@@ -243,7 +243,7 @@ class AutoregressiveImageModel(torch.nn.Module):
 
     @torch.no_grad()
     def program(self, labels: Tensor | int | None = None) -> PixelProgram:
-        """The network in eval mode, as `genfuse.ops.ancestral_sample` runs it.
+        """The network, without dropout, as `genfuse.ops.ancestral_sample` runs it.
 
         Args:
             labels: of a model with classes, one for each image that is to be drawn: the program is for these images.
@@ -260,8 +260,7 @@ class AutoregressiveImageModel(torch.nn.Module):
             scale=2.0 / (self.levels - 1),
             shift=-1.0,
         )
-        with _evaluating(self):
-            out = self._build(program, labels)
+        out = self._build(program, labels)
         if self.likelihood == "bernoulli":
             program.bernoulli(out)
         elif self.likelihood == "categorical":

@@ -21,9 +21,10 @@ GENFUSE_NAMESPACE {
 namespace {
 
 constexpr int64_t kBufferBytes = int64_t{256} << 10;
-constexpr int64_t kStage = 48;       // pixels whose results are turned together: whole tiles and whole vectors
-constexpr int64_t kAhead = 128;      // elements that are fetched ahead of a stream
-constexpr int64_t kSumPixels = 128;  // of one chain of additions of the weight's gradient
+constexpr int64_t kStage = 48;        // pixels whose results are turned together: whole tiles and whole vectors
+constexpr int64_t kAhead = 128;       // elements that are fetched ahead of a stream
+constexpr double kWorthWaking = 1e5;  // multiply-adds: 2 us of one core, less than a fork and join
+constexpr int64_t kSumPixels = 128;   // of one chain of additions of the weight's gradient
 constexpr int64_t kParts = 8, kLeastParts = 4, kPartBytes = int64_t{16} << 20;
 
 // ---- what is alive
@@ -615,6 +616,14 @@ int64_t strip_for(const Plan<T>& plan, int64_t batch, int threads) {
   return ceil_div(plan.out_height, maximum(plan.strips(), wanted));
 }
 
+// One thread where waking others would take longer than the work. The workspace is laid out for as many as there are.
+template <class T>
+Executor worth_waking(const MaskedConv2d<T>& p, const Executor& executor) {
+  const double depth = static_cast<double>(p.inputs / p.groups * p.kernel_h * p.kernel_w);
+  const double all = static_cast<double>(p.batch * p.outputs) * static_cast<double>(p.out_height * p.out_width) * depth;
+  return all < kWorthWaking ? Executor{} : executor;
+}
+
 template <class T>
 struct Forward {
   Plan<T> plan;
@@ -633,9 +642,10 @@ struct Forward {
 };
 
 template <class T>
-void forward(const MaskedConv2d<T>& p, char* workspace, const Executor& executor) {
+void forward(const MaskedConv2d<T>& p, char* workspace, const Executor& all) {
   Workspace w{workspace};
-  Forward<T> f(p, false, executor.threads, w);
+  const Forward<T> f(p, false, all.threads, w);
+  const Executor executor = worth_waking(p, all);
   pack(f.plan, p, f.packed, executor);
   const Images<T> x = images_of_x(p, f.plan.interleaved ? f.plan.channel_order : nullptr);
   convolve(f.plan, x, p.batch, f.packed, {p.y, p.y_channels_last, p.bias}, f.buffers, executor);
@@ -920,14 +930,15 @@ struct WeightGradient {
 
 // One after the other, in the same workspace.
 template <class T>
-void backward(const MaskedConv2dBackward<T>& b, char* workspace, const Executor& executor) {
+void backward(const MaskedConv2dBackward<T>& b, char* workspace, const Executor& all) {
   const MaskedConv2d<T>& p = b.forward;
+  const Executor executor = worth_waking(p, all);
   if (b.grad_x != nullptr) {
     Workspace w{workspace};
     if (Scattered<T>::serves(p)) {
-      Scattered<T>(p, executor.threads, w).run(b, executor);
+      Scattered<T>(p, all.threads, w).run(b, executor);
     } else {
-      const Forward<T> f(p, true, executor.threads, w);
+      const Forward<T> f(p, true, all.threads, w);
       pack(f.plan, p, f.packed, executor);
       const Images<T> grad{b.grad_y,     b.grad_y_strides, p.outputs,
                            p.out_height, p.out_width,      f.plan.interleaved ? f.plan.channel_order : nullptr};
@@ -936,7 +947,7 @@ void backward(const MaskedConv2dBackward<T>& b, char* workspace, const Executor&
   }
   if (b.grad_weight != nullptr || b.grad_bias != nullptr) {
     Workspace w{workspace};
-    WeightGradient<T>(p, executor.threads, w).run(b, executor);
+    WeightGradient<T>(p, all.threads, w).run(b, executor);
   }
 }
 

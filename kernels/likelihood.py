@@ -891,7 +891,7 @@ def discretized_logistic_mixture_nll(
 
 
 def discretized_logistic_mixture_nll_backward(
-    grad_nll: Tensor | None,
+    grad: Tensor | None,
     x: Tensor,
     params: Tensor,
     bits: int,
@@ -905,11 +905,11 @@ def discretized_logistic_mixture_nll_backward(
     to_x, to_params = (
         torch.empty_like(tensor) if needs >> index & 1 else x.new_empty(0) for index, tensor in enumerate((x, params))
     )
-    if grad_nll is None:
+    if grad is None:
         return to_x.zero_(), to_params.zero_()
     if x.numel() > 0 and to_x.numel() + to_params.numel() > 0:
         mixture = _Mixture(params, x.size(1), layout)
-        g = grad_nll.reshape(x.size(0), -1) if by_pixel else grad_nll.reshape(-1, 1).expand(-1, mixture.space)
+        g = grad.reshape(x.size(0), -1) if by_pixel else grad.reshape(-1, 1).expand(-1, mixture.space)
         steps = g.stride()
         if mixture.rows != x.size(0) or mixture.space == 1:
             steps = 0, g.stride(0)
@@ -963,7 +963,7 @@ def discretized_logistic_mixture_sample(
 
 @triton.jit(do_not_specialize=["R", "outer", "chunks", "tiles"])
 def _categorical_nll_kernel(
-    logits, target, nll, log_total, parts, R, outer, inner, L, chunks, tiles, row_step, outer_step, inner_step,
+    logits, target, nll, log_sum_exp, parts, R, outer, inner, L, chunks, tiles, row_step, outer_step, inner_step,
     level_step, target_row, target_outer, target_inner, BP: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
     """ln of the sum over levels, and what of it each position lacks; each lane sums its own levels first."""
@@ -997,7 +997,7 @@ def _categorical_nll_kernel(
         value = tl.load(logits + place + chosen * level_step, mask=there, other=float("nan")).to(tl.float32)
         each = found - value
         result = (row * outer + start) * inner + position
-        tl.store(log_total + result, found, mask=ok)
+        tl.store(log_sum_exp + result, found, mask=ok)
         if nll is not None:
             tl.store(nll + result, each, mask=ok)
         sums += tl.where(ok, each, 0.0)
@@ -1007,7 +1007,7 @@ def _categorical_nll_kernel(
 
 @triton.jit(do_not_specialize=["outer", "chunks", "levels", "grad_row", "grad_position"])
 def _categorical_nll_backward_kernel(
-    grad, logits, target, log_total, grad_logits, outer, inner, L, chunks, levels, grad_row, grad_position, row_step,
+    grad, logits, target, log_sum_exp, grad_logits, outer, inner, L, chunks, levels, grad_row, grad_position, row_step,
     outer_step, inner_step, level_step, target_row, target_outer, target_inner, to_row, to_outer, to_inner, to_level,
     BP: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
@@ -1022,7 +1022,7 @@ def _categorical_nll_backward_kernel(
     place = row * row_step + start * outer_step + position * inner_step
     value = tl.load(logits + place[:, None] + level[None, :] * level_step, mask=both, other=0.0).to(tl.float32)
     index = start * inner + position
-    total = tl.load(log_total + row * outer * inner + index, mask=ok, other=0.0).to(tl.float32)
+    total = tl.load(log_sum_exp + row * outer * inner + index, mask=ok, other=0.0).to(tl.float32)
     g = tl.load(grad + row * grad_row + index * grad_position, mask=ok, other=0.0).to(tl.float32)
     place = row * target_row + start * target_outer + position * target_inner
     chosen = tl.load(target + place, mask=ok, other=0).to(tl.int64)
@@ -1096,32 +1096,32 @@ def _level_tile(levels: int, count: int, level_step: int, inner_step: int) -> tu
 
 def categorical_nll(logits: Tensor, target: Tensor, dim: int, by_position: bool) -> tuple[Tensor, Tensor]:
     """``genfuse::categorical_nll``: (nll, ln of the sum over levels). A level that is none makes NaN."""
-    log_total = logits.new_empty(target.shape, dtype=torch.float32)
+    log_sum_exp = logits.new_empty(target.shape, dtype=torch.float32)
     if target.numel() == 0:
-        return logits.new_zeros(target.shape if by_position else target.shape[:1], dtype=torch.float32), log_total
+        return logits.new_zeros(target.shape if by_position else target.shape[:1], dtype=torch.float32), log_sum_exp
     where = _Positions(dim, logits, target)
     data, rows, levels = where.data[0], target.size(0), logits.size(dim)
     BP, BL = _level_tile(levels, where.inner, data.stride(dim), where.strides[0][2])
     blocks = triton.cdiv(where.inner, BP)
     tiles = 1 if by_position else min(max(rows * where.outer * blocks // _MANY, 1), blocks)
     chunks = triton.cdiv(blocks, tiles)
-    nll = torch.empty_like(log_total) if by_position else None
+    nll = torch.empty_like(log_sum_exp) if by_position else None
     parts = None if by_position else logits.new_empty((where.outer * chunks, rows), dtype=torch.float32)
     _categorical_nll_kernel[(rows * where.outer * chunks,)](
-        data, where.data[1], nll, log_total, parts, rows, where.outer, where.inner, levels, chunks, tiles,
+        data, where.data[1], nll, log_sum_exp, parts, rows, where.outer, where.inner, levels, chunks, tiles,
         *where.strides[0], data.stride(dim), *where.strides[1], BP=BP, BL=BL,
     )  # fmt: skip
     if nll is not None:
-        return nll, log_total
+        return nll, log_sum_exp
     assert parts is not None
-    return _add_up(parts), log_total
+    return _add_up(parts), log_sum_exp
 
 
 def categorical_nll_backward(
-    grad_nll: Tensor | None,
+    grad: Tensor | None,
     logits: Tensor,
     target: Tensor,
-    log_total: Tensor,
+    log_sum_exp: Tensor,
     dim: int,
     by_position: bool,
     needs: int,
@@ -1130,16 +1130,16 @@ def categorical_nll_backward(
     if not needs & 1:
         return logits.new_empty(0)
     to = torch.empty_like(logits)
-    if grad_nll is None:
+    if grad is None:
         return to.zero_()
     if to.numel() > 0:
         where = _Positions(dim, logits, target, to)
         data, written, rows, levels = where.data[0], where.data[2], target.size(0), logits.size(dim)
-        g = grad_nll.reshape(rows, -1) if by_position else grad_nll.reshape(-1, 1).expand(-1, target[0].numel())
+        g = grad.reshape(rows, -1) if by_position else grad.reshape(-1, 1).expand(-1, target[0].numel())
         BP, BL = _level_tile(levels, where.inner, written.stride(dim), where.strides[2][2])
         chunks, blocks = triton.cdiv(where.inner, BP), triton.cdiv(levels, BL)
         _categorical_nll_backward_kernel[(rows * where.outer * chunks * blocks,)](
-            g, data, where.data[1], log_total, written, where.outer, where.inner, levels, chunks, blocks, *g.stride(),
+            g, data, where.data[1], log_sum_exp, written, where.outer, where.inner, levels, chunks, blocks, *g.stride(),
             *where.strides[0], data.stride(dim), *where.strides[1], *where.strides[2], written.stride(dim), BP=BP,
             BL=BL,
         )  # fmt: skip

@@ -256,19 +256,19 @@ def calls(dtype: torch.dtype) -> None:
         for kind, options in ((kernels.gaussian_nll, (False,)), (kernels.discretized_gaussian_nll, (True, 256))):
             kind(*tensors, 1, *options)
             getattr(kernels, kind.__name__ + "_backward")(grad, *tensors, 1, *options, 7)
-    mixture: tuple[Any, ...]
-    for channels, layout, mixture in ((3, 0, (8, False, 0, -7.0, False)), (1, 2, (8, True, 2, -7.0, True))):
-        x, params = torch.zeros(8, channels, 1024), of(8, 10 * (10 if channels == 3 else 3), 1024)
-        nll = kernels.discretized_logistic_mixture_nll(x, params, *mixture)
-        kernels.discretized_logistic_mixture_nll_backward(nll, x, params, *mixture, 3)
-        kernels.discretized_logistic_mixture_sample(params, None, RNG, channels, 8, layout, -7.0, 1.0, True)
-    flat = of(8, 256, 8, 8)
-    for logits, target, by_position in (
-        (flat, torch.zeros(8, 8, 8, dtype=torch.uint8), False),
-        (flat.contiguous(memory_format=torch.channels_last), torch.zeros(8, 8, 8, dtype=torch.int64), True),
-    ):
-        nll, total = kernels.categorical_nll(logits, target, 1, by_position)
-        kernels.categorical_nll_backward(nll, logits, target, total, 1, by_position, 1)
+    # Of colours, and of grey pixels by the published formula; levels outside of space, and innermost.
+    colours = dtype != torch.float16
+    channels, layout = (3, 0) if colours else (1, 2)
+    x, params = torch.zeros(8, channels, 1024), of(8, 100 if colours else 30, 1024)
+    mixture = (8, not colours, layout, -7.0, not colours)
+    nll = kernels.discretized_logistic_mixture_nll(x, params, *mixture)
+    kernels.discretized_logistic_mixture_nll_backward(nll, x, params, *mixture, 3)
+    kernels.discretized_logistic_mixture_sample(params, None, RNG, channels, 8, layout, -7.0, 1.0, True)
+    logits, target = of(8, 256, 8, 8), torch.zeros(8, 8, 8, dtype=torch.uint8)
+    if dtype != torch.float32:
+        logits, target = logits.contiguous(memory_format=torch.channels_last), target.to(torch.int64)
+    nll, total = kernels.categorical_nll(logits, target, 1, dtype == torch.float32)
+    kernels.categorical_nll_backward(nll, logits, target, total, 1, dtype == torch.float32, 1)
 
 
 @compiled

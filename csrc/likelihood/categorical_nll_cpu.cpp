@@ -9,6 +9,7 @@
 
 #include "common/math_simd.h"
 #include "common/rows.h"
+#include "likelihood/exp_simd.h"
 
 namespace genfuse {
 GENFUSE_NAMESPACE {
@@ -18,7 +19,7 @@ constexpr int kVectors = 4;               // of a tile
 constexpr int64_t kThreadWork = 1 << 15;  // logits that are worth waking a thread for
 
 template <class T>
-inline constexpr T kLowest = std::numeric_limits<T>::lowest();
+inline constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
 // Positions in runs of `length` whose neighbours are `step` apart.
 template <class T>
@@ -51,24 +52,27 @@ inline void totals(const T* logits, int64_t level, int64_t levels, int64_t n, T*
     return load_upto(logits + l * level + v * L, n - v * L);
   };
   Vec<T> top[V], sum[V];
-  for (int v = 0; v < V; ++v) top[v] = broadcast(kLowest<T>), sum[v] = Vec<T>{};
+  for (int v = 0; v < V; ++v) top[v] = broadcast(-kInfinity<T>), sum[v] = Vec<T>{};
   for (int64_t begin = 0; begin < levels; begin += chunk) {
     const int64_t end = minimum(begin + chunk, levels);
     for (int v = 0; v < V; ++v) {
       Vec<T> most = top[v];
       for (int64_t l = begin; l < end; ++l) {
+        __builtin_prefetch(logits + (l + chunk) * level + v * L);  // the levels are pages apart
         const Vec<T> z = logit(l, v);
         most = z > most ? z : most;
       }
       if (any_lane(most > top[v])) {
-        sum[v] *= exp_wide<T>(top[v] - most);
+        sum[v] *= exp_moderate(top[v] - most);
         top[v] = most;
       }
-      for (int64_t l = begin; l < end; ++l) sum[v] += exp_wide<T>(logit(l, v) - top[v]);
+      const Vec<T> base = top[v] == -kInfinity<T> ? Vec<T>{} : top[v];
+      for (int64_t l = begin; l < end; ++l) sum[v] += exp_moderate(logit(l, v) - base);
     }
   }
   for (int v = 0; v < V; ++v) {
-    const Vec<T> r = top[v] + log_wide(sum[v]);
+    // Nothing but -infinity is no distribution: its likelihood is NaN.
+    const Vec<T> r = top[v] == -kInfinity<T> ? top[v] : top[v] + log_wide(sum[v]);
     if constexpr (whole) {
       store(total + v * L, r);
     } else {
@@ -87,9 +91,11 @@ inline void softmax_gradients(const T* logits, int64_t level, int64_t levels, in
     for (int v = 0; v < V; ++v) {
       const int64_t at = l * level + v * L;
       if constexpr (whole) {
-        store(out + at, g[v] * exp_wide<T>(load(logits + at) - less[v]));
+        __builtin_prefetch(logits + at + 8 * level);
+        __builtin_prefetch(out + at + 8 * level, 1);
+        store(out + at, g[v] * exp_weight<T>(load(logits + at) - less[v]));
       } else {
-        store_upto(out + at, g[v] * exp_wide<T>(load_upto(logits + at, n - v * L) - less[v]), n - v * L);
+        store_upto(out + at, g[v] * exp_weight<T>(load_upto(logits + at, n - v * L) - less[v]), n - v * L);
       }
     }
   }
@@ -101,27 +107,28 @@ inline void softmax_gradients(const T* logits, int64_t level, int64_t levels, in
 template <class T>
 inline T total_of_row(const T* logits, int64_t levels) {
   constexpr int L = kLanes<T>;
-  Vec<T> most = broadcast(kLowest<T>);
+  Vec<T> most = broadcast(-kInfinity<T>);
   int64_t l = 0;
   for (; l + L <= levels; l += L) {
     const Vec<T> z = load(logits + l);
     most = z > most ? z : most;
   }
-  T top = kLowest<T>;
+  T top = -kInfinity<T>;
   for (int j = 0; j < L; ++j) top = most[j] > top ? most[j] : top;
   for (; l < levels; ++l) top = logits[l] > top ? logits[l] : top;
+  if (top == -kInfinity<T>) top = 0;  // so that nothing is left
   Vec<T> sum{};
-  for (l = 0; l + L <= levels; l += L) sum += exp_wide<T>(load(logits + l) - top);
+  for (l = 0; l + L <= levels; l += L) sum += exp_weight<T>(load(logits + l) - top);
   if (l < levels) {
     const int64_t n = levels - l;
-    sum += keep_first<T>(exp_wide<T>(load_partial(logits + l, static_cast<int>(n)) - top), n);
+    sum += keep_first<T>(exp_weight<T>(load_partial(logits + l, static_cast<int>(n)) - top), n);
   }
   return top + log_wide(broadcast(genfuse::GENFUSE_ISA::sum<T>(sum)))[0];
 }
 template <class T>
 inline void gradients_of_row(const T* logits, int64_t levels, T total, T grad, T* out) {
   for (int64_t l = 0; l < levels; l += kLanes<T>) {
-    store_upto(out + l, grad * exp_wide<T>(load_upto(logits + l, levels - l) - total), levels - l);
+    store_upto(out + l, grad * exp_weight<T>(load_upto(logits + l, levels - l) - total), levels - l);
   }
 }
 

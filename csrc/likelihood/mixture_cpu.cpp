@@ -17,6 +17,7 @@
 
 #include "common/math_simd.h"
 #include "common/rows.h"
+#include "likelihood/exp_simd.h"
 #include "sampling/noise_simd.h"
 
 namespace genfuse {
@@ -29,27 +30,6 @@ template <class T>
 GENFUSE_HD Vec<T> absolute(Vec<T> x) {
   return absolute_of(x);
 }
-
-// e^x, held where it is a normal number: 1 to the last place at 0, within 1.5 ulp; its absolute error is what counts
-// here, so x = n ln 2 + r is reduced in one step, which costs |n| 2e-9 of the value. The polynomial is the minimax one
-// with the first two coefficients 1.
-GENFUSE_HD Vec<float> exp_moderate(Vec<float> x) {
-  x = within(x, -87.0f, 88.0f);
-  const Vec<float> shifted = x * 1.44269504f + 0x1.8p23f, n = shifted - 0x1.8p23f, r = x - n * 0.69314718f;
-  Vec<float> p = r * 0.001384364441037178f + 0.008374163880944252f;
-  p = p * r + 0.04166800156235695f;
-  p = p * r + 0.16666431725025177f;
-  p = p * r + 0.4999999403953552f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-#if defined(__AVX512F__)
-  return reinterpret_cast<VecFloat>(
-      _mm512_maskz_scalef_ps(0xffff, reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
-#else
-  return as_float(as_int(p) + (as_int(shifted) << 23));
-#endif
-}
-GENFUSE_HD Vec<double> exp_moderate(Vec<double> x) { return exp(x); }
 
 // sinh(w) / w for w^2 = y <= 0.1225.
 template <class T>
@@ -272,8 +252,8 @@ inline Evidence<T> evidence(const Constants<T>& k, const Lanes<const T>& in, con
   const Vec<T> top = r.top == -infinity ? zero : r.top;  // so that a sum of nothing is 0, and its logarithm -infinity
   Vec<T> sum{}, sum_logits{};
   for (int64_t m = 0; m < M; ++m) {
-    sum += load(terms.quotient + m * L) * exp_wide<T>(load(terms.exponent + m * L) - top);
-    sum_logits += exp_wide<T>(load(in.data + m * step) - r.top_logit);
+    sum += load(terms.quotient + m * L) * exp_weight<T>(load(terms.exponent + m * L) - top);
+    sum_logits += exp_weight<T>(load(in.data + m * step) - r.top_logit);
   }
   r.top = top;
   if constexpr (gradients) {
@@ -427,13 +407,13 @@ void backward_of(const MixtureBackward<T>& b, char* workspace, const Executor& e
       Vec<T> by_x[C] = {};
       for (int64_t m = 0; m < M; ++m) {
         const Vec<T> after =
-            load(terms.quotient + m * L) * exp_wide<T>(load(terms.exponent + m * L) - e.top) * e.over_sum;
+            load(terms.quotient + m * L) * exp_weight<T>(load(terms.exponent + m * L) - e.top) * e.over_sum;
         // Not 0 times what may be no number.
         const VecInt<T> none = after == 0;
         const Vec<T> factor = -g * after;
         const auto times = [&](const T* derivative) { return none ? Vec<T>{} : factor * load(derivative); };
         if (wanted) {
-          const Vec<T> before = exp_wide<T>(load(in.data + m * in.step) - e.top_logit) * e.over_sum_logits;
+          const Vec<T> before = exp_weight<T>(load(in.data + m * in.step) - e.top_logit) * e.over_sum_logits;
           store(out + m * step, g * (before - after));
           T* to_component = out + k.parameter(m, 0, 0) * step;
           for (int c = 0; c < C; ++c) {

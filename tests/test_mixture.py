@@ -13,6 +13,7 @@ import genfuse
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from genfuse import ops
 from genfuse.reference import likelihood as reference
 from operator_cases import check, make
@@ -187,6 +188,21 @@ def test_the_probabilities_of_sound_sum_to_one(backend: str) -> None:
         # In float32 the difference as published, which the definition takes, loses a hundredth of a nat.
         off = 1e-4 if backend == "native" or dtype == torch.float64 else 1e-2
         close(published[inside], each[inside], rtol=off, atol=off)
+
+
+@both
+def test_the_published_edges_are_numbers_and_not_levels(backend: str) -> None:
+    """x < -0.999 and x > 0.999: of 16 bits, 33 levels at either end."""
+    x = values(16)[[0, 32, 33, 65535 - 33, 65535 - 32, 65535]]
+    params = grey(0.3, -1.0, torch.float64)
+    with genfuse.use_backend(backend):
+        found = nll(x, params.expand(6, 3, 1), bits=16, mode="openai")
+    t = (x.flatten() - 0.3) * math.exp(1.0)
+    w = math.exp(1.0) / 65535
+    inside = -torch.log(torch.sigmoid(t + w) - torch.sigmoid(t - w))
+    expected = torch.stack((-F.logsigmoid(t + w)[0], -F.logsigmoid(t + w)[1], inside[2], inside[3],
+                            -F.logsigmoid(w - t)[4], -F.logsigmoid(w - t)[5]))  # fmt: skip
+    close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 # ---- the traps -------------------------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ def test_mixture_half(dtype: torch.dtype) -> None:
 
 
 # Centres and scales on both sides of every branch: far tails, narrow bins and wide ones, and below the least scale.
-CENTERS = [0.0, 1e-4, 0.003, 0.01, 0.3, 1.0, 1.9]
+CENTERS = [0.0, 1e-4, 0.003, 0.01, 0.085, 0.3, 1.0, 1.9]
 LOG_SCALES = [-8.0, -7.0, -6.0, -5.0, -4.7, -4.5, -4.0, -2.0, 0.0, 3.0, 20.0]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import itertools
 import json
@@ -98,7 +99,12 @@ def data(case: str, batch: int = BATCH) -> tuple[Tensor, ...]:
 
 def disturbed(case: str, dtype: torch.dtype = torch.float64, **more: Any) -> Any:
     """A model in eval mode that is not what it starts as: its first batch seen, and every parameter moved."""
-    model = build(models, case, **more)
+    return copy.deepcopy(_disturbed(case, tuple(more.items()))).to(dtype)
+
+
+@functools.cache
+def _disturbed(case: str, more: tuple[tuple[str, Any], ...]) -> Any:
+    model = build(models, case, **dict(more))
     given = data(case, 8)
     model.loss(*given)
     generator = torch.Generator().manual_seed(6)
@@ -106,7 +112,7 @@ def disturbed(case: str, dtype: torch.dtype = torch.float64, **more: Any) -> Any
         for name, parameter in model.named_parameters():
             size = 1.0 if "condition" in name else 0.1 if "weight_v" in name else 0.3
             parameter += size * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    return model.to(dtype).eval()
+    return model.eval()
 
 
 def twin_of(model: Any, case: str) -> Any:
@@ -636,7 +642,7 @@ def _first_batches(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     try:
-        for case in ("plus, grey", "gated, bits", "snail"):
+        for case in ("plus, grey", "gated, bits"):
             _two_steps(case, rank, Path(folder) / f"{case} {rank}.pt")
     finally:
         torch.distributed.destroy_process_group()
@@ -645,13 +651,13 @@ def _first_batches(rank: int, folder: str) -> None:
 @pytest.mark.slow
 def test_first_batch_over_processes(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_first_batches, (str(tmp_path),), nprocs=2)
-    for case in ("plus, grey", "snail"):
-        states = [torch.load(tmp_path / f"{case} {rank}.pt") for rank in range(2)]
-        alone = build(models, case)
-        alone(*data(case, 8))
-        for name, value in alone.state_dict().items():
-            assert torch.equal(states[0][name], states[1][name]), name
-            torch.testing.assert_close(states[0][name], value, rtol=1e-7, atol=1e-8, msg=name)
+    case = "plus, grey"
+    states = [torch.load(tmp_path / f"{case} {rank}.pt") for rank in range(2)]
+    alone = build(models, case)
+    alone(*data(case, 8))
+    for name, value in alone.state_dict().items():
+        assert torch.equal(states[0][name], states[1][name]), name
+        torch.testing.assert_close(states[0][name], value, rtol=1e-7, atol=1e-8, msg=name)
 
 
 # ---- as torch modules ------------------------------------------------------------------------------------------------
@@ -686,7 +692,6 @@ def test_every_parameter_has_a_gradient(case: str) -> None:
     [
         ("plain, colours", {"num_layers": 2}),
         ("gated, bits", {"num_layers": 2}),
-        ("gated, interleaved", {"num_layers": 1}),
         ("plus, grey", {"scales": 1}),
         ("snail", {"nr_blocks": 1}),
     ],

@@ -1,7 +1,7 @@
 // Drawing a class by inversion, from the logits of a row: for the operator, and for the sampler of images. The weights
 // of a row are summed in double, class by class, with the sum so far kept for every kRun classes. A sample is the first
-// class at which the sum exceeds u times the total: found among the runs, then within one by the same additions. A class
-// that adds nothing is never the first to exceed anything.
+// class at which the sum exceeds u times the total: found among the runs, then within one by the same additions. A
+// class that adds nothing is never the first to exceed anything.
 #pragma once
 
 #include <limits>

@@ -11,9 +11,11 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import ancestral_cases
 import pytest
 import torch
 from genfuse.reference import recurrent as reference
+from genfuse.reference.masked_conv import ancestral as ancestral_reference
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,7 +67,7 @@ def test_as_threads_under_thread_sanitizer(tmp_path: Path) -> None:
 def operators(tmp_path_factory: pytest.TempPathFactory) -> Any:
     torch_root = Path(torch.__file__).parent
     arguments = ["-fPIC", "-shared", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem", torch_root / "include"]
-    files = [HARNESS / "operators.cpp", *sorted(SOURCES.glob("recurrent/*_cuda_ops.cpp"))]
+    files = [HARNESS / "operators.cpp", *sorted(SOURCES.glob("*/*_cuda_ops.cpp"))]
     library = build(tmp_path_factory.mktemp("cuda") / "operators.so", *arguments, *files, torch_root / "lib" / TORCH)
     torch.ops.load_library(library)
     return torch.ops.genfuse_cuda_host
@@ -185,6 +187,28 @@ def test_generate_matches_the_reference(operators: Any, kind: str, bf16: bool) -
         _near(h_n, wanted, "h_n", 1e-5)
 
 
+@pytest.mark.parametrize("head", ["level_inner", "level_outer", "bernoulli", "mixture"])
+def test_ancestral_sample_matches_the_reference(operators: Any, head: str) -> None:
+    for seed in range(3):
+        batch = (1, 4, 5)[seed % 3]  # more images than the device has multiprocessors, too
+        program = ancestral_cases.any_program(seed, batch, torch.float32, head=head)
+        call, u = program.encode(), ancestral_cases.uniforms(program, batch, seed, torch.float32)
+        levels, outputs = operators.ancestral_sample(program.tensors, u, None, *call, True)
+        exact = ancestral_reference.ancestral_sample(
+            [tensor.double() for tensor in program.tensors], u.double(), levels, *call, True
+        )
+        assert torch.equal(exact[0], levels)
+        _near(outputs, exact[1], f"outputs of program {seed}", 2e-5)
+        drawn = ancestral_reference.ancestral_sample(program.tensors, u, None, *call, False)[0]
+        assert torch.equal(levels, drawn), f"program {seed}"
+        kept = torch.where(torch.rand(levels.shape) < 0.5, levels, -1)
+        again, nothing = operators.ancestral_sample(program.tensors, u, kept, *call, False)
+        assert torch.equal(again, levels)
+        assert nothing.numel() == 0
+    lost = [torch.full_like(tensor, float("nan")) for tensor in program.tensors]
+    assert operators.ancestral_sample(lost, u, None, *call, False)[0].eq(-1).all()
+
+
 def test_refusals(operators: Any) -> None:
     zeros = torch.zeros
     call: list[Any] = [zeros(2, 3, 4), zeros(3, 5), zeros(3, 5), zeros(20, 4), zeros(20, 5), *[None] * 10]
@@ -217,6 +241,7 @@ def test_refusals(operators: Any) -> None:
 def test_schemas_are_those_of_the_library(operators: Any) -> None:
     import genfuse.ops  # noqa: F401  defines torch.ops.genfuse
 
-    for name in ("lstm", "lstm_backward", "gru", "gru_backward", "lstm_generate", "gru_generate"):
+    names = ("lstm", "lstm_backward", "gru", "gru_backward", "lstm_generate", "gru_generate", "ancestral_sample")
+    for name in names:
         ours, theirs = (str(getattr(space, name).default._schema) for space in (operators, torch.ops.genfuse))
         assert ours.split("::")[1] == theirs.split("::")[1]

@@ -3,6 +3,7 @@
 // the reference, too.
 #include <cstdlib>
 
+#include "masked_conv/ancestral_cuda.cu"
 #include "recurrent/generate_cuda.cu"
 #include "recurrent/gru_cuda.cu"
 #include "recurrent/lstm_cuda.cu"

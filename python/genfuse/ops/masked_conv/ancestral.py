@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch import library as registry
 
-from genfuse import backends
+from genfuse import _native, backends
 from genfuse.ops.operator import can_look_at, native_objection, on_cpu, rule_library
 from genfuse.ops.sampling import _NOISES, check_rng, philox_uniform
 from genfuse.reference.masked_conv import ancestral as reference
@@ -132,9 +132,11 @@ def run(
             raise ValueError(f"{op}: given must be below the {count} levels, got {int(given.max())}")
         given = given.contiguous()
     arguments = (program.tensors, u, given, numbers, constants, record)
-    if backends.select(op, {"program": program, "batch": batch, "u": u, "given": given}) == "reference":
+    backend = backends.select(op, {"program": program, "batch": batch, "u": u, "given": given})
+    if backend == "reference":
         return reference.ancestral_sample(*arguments)
-    levels, outputs = torch.ops.genfuse.ancestral_sample(*arguments)
+    library = torch.ops.genfuse_cuda if backend == "cuda" else torch.ops.genfuse
+    levels, outputs = library.ancestral_sample(*arguments)
     if can_look_at(levels) and bool((levels < 0).any()):
         raise RuntimeError(f"{op}: the network gives no distribution (NaN or infinity) for some pixel")
     return levels, outputs
@@ -167,6 +169,10 @@ def _enter() -> None:
     name = "ancestral_sample"
     backends.register_op(name, ancestral_sample, "program", lambda arguments: arguments["program"].tensors[0])
     backends.register(backends.Kernel(name, "native", ("cpu",), objection=native_objection))
+    half = (torch.float32, torch.bfloat16, torch.float16)
+    backends.register(
+        backends.Kernel(name, "cuda", ("cuda",), half, proven=False, objection=lambda arguments: _native.cuda_error())
+    )
     backends.register(backends.Kernel(name, "reference", (), note="the naive loop"))
     if on_cpu:
         library = rule_library()

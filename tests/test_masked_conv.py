@@ -285,6 +285,68 @@ def test_the_support_of_the_jacobian_is_the_mask(
     assert torch.equal(jacobian != 0, expected)
 
 
+# ---- taps beyond the image -------------------------------------------------------------------------------------------
+
+FAR = [  # dilation, padding, image
+    ((9, 9), "same", (8, 8)),
+    ((7, 9), "same", (8, 8)),
+    ((9, 5), (12, 7), (8, 6)),  # rows of the result that see the image through the outer taps alone
+    ((9, 1), (6, 1), (8, 8)),  # the rows at the border of the image are not seen
+    ((8192, 8192), "same", (8, 8)),
+    ((8192, 1), "same", (8, 8)),
+    ((1, 1 << 20), "same", (5, 8)),
+    ((1 << 20, 1 << 20), ((1 << 20) + 3, (1 << 20) - 2), (8, 9)),
+    ((1 << 24, 1 << 24), "same", (8, 8)),
+    ((1 << 24, 2), "same", (1, 9)),
+]
+
+
+def near(
+    x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, padding: tuple[int, int], dilation: tuple[int, int]
+) -> Tensor:
+    """A convolution of 3 x 3 whose outer taps are left out where they are far off: the centre's row or column alone."""
+    weight, border, step = weight * mask, list(padding), list(dilation)
+    for axis in (0, 1):
+        if dilation[axis] > 1000:
+            weight = weight.narrow(2 + axis, 1, 1)
+            border[axis] -= dilation[axis]
+            step[axis] = 1
+    x = F.pad(x, (border[1], border[1], border[0], border[0]))  # a negative one is cut off
+    return F.conv2d(x, weight, bias, dilation=step)
+
+
+@pytest.mark.parametrize("mask_type", ["A", "B", "vertical_A", "vertical_B", "horizontal_B"])
+@pytest.mark.parametrize(("dilation", "padding", "image"), FAR)
+def test_taps_beyond_the_image(
+    dilation: tuple[int, int], padding: str | tuple[int, int], image: tuple[int, int], mask_type: str
+) -> None:
+    """They see nothing but padding: they take no memory, and their gradients are exactly 0."""
+    border = dilation if isinstance(padding, str) else padding
+    for channels, outputs, colours in ((2, 4, 1), (20, 33, 1), (3, 6, 3)):
+        x, bias = torch.randn(2, channels, *image, dtype=torch.float64), torch.randn(outputs, dtype=torch.float64)
+        weight = torch.randn(outputs, channels, 3, 3, dtype=torch.float64)
+        mask = mask_of(weight, mask_type, colours)
+        options = {"mask_type": mask_type, "channel_groups": colours, "padding": padding, "dilation": dilation}
+        ours = with_gradients(lambda *t, o=options: ops.masked_conv2d(*t, **o), x, weight, bias)
+        theirs = with_gradients(
+            lambda *t, m=mask: near(*t, mask=m, padding=border, dilation=dilation), x, weight, bias
+        )
+        close(ours, theirs, rtol=1e-10, atol=1e-10)
+        assert not ours[2][theirs[2] == 0].any()
+
+
+def test_a_tap_beyond_the_image_is_not_read() -> None:
+    """As dead ones are not: it meets nothing but zeros. (F.conv2d has NaN.)"""
+    x, weight = torch.randn(1, 2, 4, 5), torch.full((3, 2, 3, 3), torch.nan)
+    weight[:, :, 1, 1] = 1.0
+    weight.requires_grad_()
+    y = ops.masked_conv2d(x, weight, dilation=5)
+    close(y, x.sum(1, keepdim=True).expand(1, 3, 4, 5))
+    (gradient,) = torch.autograd.grad(y.sum(), weight)
+    gradient[:, :, 1, 1] = 0.0
+    assert torch.equal(gradient, torch.zeros(3, 2, 3, 3))
+
+
 # ---- where the numbers lie -------------------------------------------------------------------------------------------
 
 
@@ -419,6 +481,13 @@ X, W = torch.zeros(2, 4, 5, 6), torch.zeros(3, 4, 3, 3)
         (ValueError, "dilation must be at least 1, got 0", lambda: ops.masked_conv2d(X, W, dilation=(0, 1))),
         (RuntimeError, "x must have at least the kernel's extent 7 in H with its padding 0 on both sides, got 5",
          lambda: ops.masked_conv2d(X, W, dilation=3, padding=0)),
+        (ValueError, "dilation must be at most 16777216, got 16777217",
+         lambda: ops.masked_conv2d(X, W, dilation=(1, (1 << 24) + 1))),
+        (ValueError, "dilation must be at most 16777216, got", lambda: ops.masked_conv2d(X, W, dilation=1 << 61)),
+        (ValueError, "dilation must be at most 16777216, got", lambda: ops.masked_conv2d(X, W, dilation=1 << 80)),
+        (ValueError, "padding must be at most 16777216, got", lambda: ops.masked_conv2d(X, W, padding=(1 << 62, 1))),
+        (ValueError, "padding must be at most 16777216, got 33554432",
+         lambda: ops.masked_conv2d(X, torch.zeros(3, 4, 1, 5), dilation=1 << 24)),
     ],
 )  # fmt: skip
 def test_what_is_wrong(kind: type[Exception], message: str, call: Callable[[], Any]) -> None:
@@ -443,6 +512,12 @@ def test_the_operators_check_for_themselves() -> None:
         ("channel_groups must be from 1", (X, W, None, 1, 1 << 40, *good[2:])),
         ("padding must not be negative", (X, W, None, 1, 1, False, -1, 1, 1, 1, 1)),
         ("dilation be positive", (X, W, None, 1, 1, False, 1, 1, 1, 0, 1)),
+        ("dilation must be at most 16777216, got 1 and 16777217", (X, W, None, 1, 1, False, 1, 1, 1, (1 << 24) + 1, 1)),
+        ("dilation must be at most", (X, W, None, 1, 1, False, 1 << 61, 1 << 61, 1 << 61, 1 << 61, 1)),
+        ("dilation must be at most", (X, W, None, 1, 1, False, 1 << 58, 8, 1 << 58, 8, 1)),
+        ("padding must be at most 16777216, got 1 and 16777217", (X, W, None, 1, 1, False, 1, (1 << 24) + 1, 1, 1, 1)),
+        ("padding must be at most", (X, W, None, 1, 1, False, 1 << 62, 1, 1, 1, 1)),
+        ("a kernel of at most 16777216", (X, torch.zeros(0, 4, 1, (1 << 24) + 1), None, 1, 1, False, 0, 0, 1, 1, 1)),
         ("groups must divide", (X, W, None, 1, 1, False, 1, 1, 1, 1, 3)),
         ("groups must divide", (X, W, None, 1, 1, False, 1, 1, 1, 1, 0)),
         ("the kernel's extent", (X, W, None, 1, 1, False, 0, 0, 3, 1, 1)),
@@ -450,6 +525,8 @@ def test_the_operators_check_for_themselves() -> None:
     for message, arguments in wrong:
         with pytest.raises(RuntimeError, match=message):
             op(*arguments)
+        with pytest.raises(RuntimeError, match=message):
+            backward(None, *arguments, 7)
     with pytest.raises(RuntimeError, match="grad_y must have shape"):
         backward(torch.zeros(2, 3, 5, 5), X, W, None, *good, 7)
 
@@ -503,3 +580,12 @@ def test_what_is_wrong_with_a_layer(kind: type[Exception], message: str, options
     arguments: dict[str, Any] = {"mask_type": "B", "in_channels": 3, "out_channels": 4, "kernel_size": 3, **options}
     with pytest.raises(kind, match=message):
         nn.MaskedConv2d(**arguments)
+
+
+def test_positional_arguments_are_those_of_conv2d() -> None:
+    x = torch.randn(1, 1, 12, 12)
+    for rest in ((1, 3), (1, 4, 2), (1, 2, 1, 1, False)):
+        theirs = torch.nn.Conv2d(1, 4, 7, *rest)
+        ours = nn.MaskedConv2d("A", 1, 4, 7, *rest)
+        assert ours(x).shape == theirs(x).shape
+        assert (ours.bias is None) == (theirs.bias is None)

@@ -584,13 +584,70 @@ def test_explicit_start_is_the_first_batch(case: str) -> None:
     before = copy.deepcopy(other.state_dict())
     other.train().loss(given[0].flip(0), *given[1:])
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
-    with pytest.raises(IndexError if len(given) > 1 else ValueError):  # which stops halfway
+    with pytest.raises(ValueError, match="labels"):
         other.initialize(given[0] // 2, *(one + 4 for one in given[1:] or [torch.zeros(8, dtype=torch.int64)]))
     before = copy.deepcopy(other.state_dict())
     other.loss(given[0].flip(0), *given[1:])
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
     other.initialize(given[0] // 2, *given[1:])  # once more, by other images
     assert not torch.equal(other.head.bias, before["head.bias"])
+
+
+def test_two_levels_are_no_bytes() -> None:
+    """A Bernoulli's formula has a value for any number; images in [0, 255] would give ever better ones."""
+    model = models.PixelCNN(image_size=4, channels=4, num_layers=2, kernel_size=3, levels=2)
+    for wrong in (torch.randint(2, 256, (2, 1, 4, 4), dtype=torch.uint8), torch.full((2, 1, 4, 4), -1.0)):
+        with pytest.raises(IndexError, match="x must be floating"):
+            model.loss(wrong)
+
+
+@pytest.mark.parametrize("labels", [[0, 3], [-1, 0]])
+def test_labels_of_no_class(labels: list[int]) -> None:
+    model = models.GatedPixelCNN(image_size=4, channels=4, num_layers=2, levels=3, num_classes=3)
+    for call in (
+        lambda given: model.loss(torch.zeros(2, 1, 4, 4), given),
+        lambda given: model.sample(2, labels=given),
+        lambda given: model.program(given),
+    ):
+        with pytest.raises(ValueError, match="labels must be of the 3 classes"):
+            call(torch.tensor(labels))
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("levels", [2, 5])
+def test_a_network_that_gives_no_distribution(levels: int, cached: bool) -> None:
+    model = models.PixelCNN(image_size=4, channels=4, num_layers=2, kernel_size=3, levels=levels)
+    torch.nn.init.constant_(model.head[0].bias, math.nan)
+    with pytest.raises(RuntimeError, match="the network gives no distribution"):
+        model.sample(2, cached=cached)
+
+
+def test_a_copied_buffer_is_believed() -> None:
+    """What an average of weights copies are numbers alone, and its own first batch must not set them anew."""
+    layer = nn.WeightNormConv2d(3, 4, 3)
+    average = torch.optim.swa_utils.AveragedModel(layer, use_buffers=True)
+    layer(torch.randn(8, 3, 6, 6))
+    average.update_parameters(layer)
+    average.train()(50.0 * torch.randn(8, 3, 6, 6))
+    assert torch.equal(average.module.weight_g, layer.weight_g)
+    flow = nn.ActNorm(3)
+    average = torch.optim.swa_utils.AveragedModel(flow, use_buffers=True)
+    flow(torch.randn(8, 3))
+    average.update_parameters(flow)
+    average.train()(50.0 * torch.randn(8, 3))
+    assert torch.equal(average.module.log_scale, flow.log_scale)
+
+
+def test_a_first_batch_that_is_not_finite_sets_nothing() -> None:
+    layer, x = nn.WeightNormConv2d(3, 4, 3), torch.randn(8, 3, 6, 6)
+    x[0, 0, 0, 0] = math.nan
+    layer(x)
+    assert not layer.initialized
+    assert layer.bias.eq(0.0).all()
+    layer(x.nan_to_num())
+    assert layer.initialized
+    assert layer.bias.isfinite().all()
+    assert layer.bias.ne(0.0).any()
 
 
 def test_normalised_weights_are_computed_once_while_parameters_stay(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -791,7 +848,12 @@ def test_wrong_arguments(kind: type[Exception], match: str, call: Callable[[], A
         (TypeError, "x must be a Tensor", lambda m: m([1.0])),
         (TypeError, "x must be floating", lambda m: m(torch.zeros(2, 1, 5, 4, dtype=torch.complex64))),
         (ValueError, "without num_classes", lambda m: m(torch.zeros(2, 1, 5, 4), 1)),
-        (IndexError, "5", lambda m: m.log_prob(torch.full((2, 1, 5, 4), 5))),
+        (IndexError, "x must be floating .* 0 to 4; got 5 of", lambda m: m.log_prob(torch.full((2, 1, 5, 4), 5))),
+        (IndexError, "x must be floating .* got -0.5 of", lambda m: m.loss(torch.full((2, 1, 5, 4), -0.5))),
+        (IndexError, "x must be floating .* got nan of", lambda m: m.bits_per_dim(torch.full((2, 1, 5, 4), math.nan))),
+        (ValueError, "rows of x that are kept", lambda m: m.complete(torch.full((2, 1, 5, 4), -0.5), 5)),
+        (ValueError, "rows of x that are kept", lambda m: m.complete(torch.full((2, 1, 5, 4), 9), 1)),
+        (TypeError, "generator must be a torch.Generator", lambda m: m.sample(2, generator=3)),
         (TypeError, "n must be an int", lambda m: m.sample(1.5)),
         (ValueError, "n must be at least 0", lambda m: m.sample(-1)),
         (ValueError, "n must be an int where", lambda m: m.sample()),
@@ -799,9 +861,9 @@ def test_wrong_arguments(kind: type[Exception], match: str, call: Callable[[], A
         (TypeError, "u must be a Tensor", lambda m: m.sample(2, u=0.5)),
         (TypeError, "u must be floating", lambda m: m.sample(2, u=torch.zeros(2, 1, 5, 4, dtype=torch.int64))),
         (ValueError, "conditioned_on must be 3", lambda m: m.sample(3, conditioned_on=torch.zeros(2, 1, 5, 4))),
-        (ValueError, "at most 1.0", lambda m: m.sample(conditioned_on=torch.full((2, 1, 5, 4), 1.5))),
-        (ValueError, "at most 4", lambda m: m.sample(conditioned_on=torch.full((2, 1, 5, 4), 5))),
-        (ValueError, "at most 1.0", lambda m: m.sample(conditioned_on=torch.full((2, 1, 5, 4), math.nan))),
+        (ValueError, "up to 1.0", lambda m: m.sample(conditioned_on=torch.full((2, 1, 5, 4), 1.5))),
+        (ValueError, "up to 4", lambda m: m.sample(conditioned_on=torch.full((2, 1, 5, 4), 5))),
+        (ValueError, "up to 1.0", lambda m: m.sample(conditioned_on=torch.full((2, 1, 5, 4), math.nan))),
         (ValueError, "rows must be at most 5", lambda m: m.complete(torch.zeros(2, 1, 5, 4), 6)),
     ],
 )

@@ -63,7 +63,7 @@ class PixelPlan {
   }
 
  private:
-  static constexpr int64_t kMost = int64_t{1} << 24;  // of any size: products of three stay below 2^63
+  static constexpr int64_t kMost = int64_t{1} << 20;  // of any size: products of three stay below 2^63
 
   template <class... Parts>
   static void check(bool holds, const Parts&... parts) {

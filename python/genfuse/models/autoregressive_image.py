@@ -12,6 +12,7 @@ from torch import Tensor
 
 from genfuse import ops
 from genfuse.ops.masked_conv import PixelProgram
+from genfuse.ops.operator import can_look_at
 from genfuse.reference.masked_conv import live_taps
 from genfuse.reference.random import draw_rng
 
@@ -163,6 +164,10 @@ class AutoregressiveImageModel(torch.nn.Module):
             raise TypeError(f"{self.name}: labels must be whole numbers, got {labels.dtype}")
         if labels.shape != (batch,):
             raise ValueError(f"{self.name}: labels must be [{batch}], got {list(labels.shape)}")
+        if can_look_at(labels) and not bool(((labels >= 0) & (labels < self.num_classes)).all()):
+            raise ValueError(
+                f"{self.name}: labels must be of the {self.num_classes} classes from 0 on, got {labels.tolist()}"
+            )
         return labels.long()
 
     # ---- levels ------------------------------------------------------------------------------------------------------
@@ -171,6 +176,17 @@ class AutoregressiveImageModel(torch.nn.Module):
         """What the network sees: values in [-1, 1] in the parameters' dtype, channels last."""
         scale = 2.0 if x.is_floating_point() else 2.0 / (self.levels - 1)
         return (x.to(self._like.dtype) * scale - 1.0).contiguous(memory_format=torch.channels_last)
+
+    def _check_levels(self, x: Tensor) -> None:
+        """Refuse what is no level, where one may look: a likelihood of it would be a number all the same."""
+        most = 1.0 if x.is_floating_point() else self.levels - 1
+        if not can_look_at(x) or bool(((x >= 0) & (x <= most)).all()):
+            return
+        wrong = x[~((x >= 0) & (x <= most))][0].item()
+        raise IndexError(
+            f"{self.name}: x must be floating in [0, 1], or whole levels from 0 to {self.levels - 1}; got {wrong:g} of "
+            f"{x.dtype}"
+        )
 
     def _levels_of(self, x: Tensor) -> Tensor:
         """int64 levels."""
@@ -212,8 +228,10 @@ class AutoregressiveImageModel(torch.nn.Module):
         """ln p(x), ``[B]``, nats, float32 or wider. The arguments and errors are those of `forward`.
 
         Raises:
-            IndexError: a level that the model does not have.
+            IndexError: x is not within [0, 1], or has a level that the model does not have. (Of CPU tensors; nobody
+                waits for a GPU to see.)
         """
+        self._check_levels(self._images(x))
         out, levels = self(x, labels), self._levels_of(x)
         if self.likelihood == "bernoulli":
             nll = ops.bernoulli_nll(out, levels.to(out.dtype), batch_dims=1)
@@ -284,13 +302,17 @@ class AutoregressiveImageModel(torch.nn.Module):
         # Levels of what is below 0 are of no account; NaN is neither given nor to be drawn.
         known, most = x >= 0, 1.0 if x.is_floating_point() else self.levels - 1
         if not bool(((x < 0) | (known & (x <= most))).all()):
-            raise ValueError(f"{self.name}: conditioned_on must be at most {most}, or negative where it is to be drawn")
+            raise ValueError(
+                f"{self.name}: conditioned_on must be numbers up to {most}, or negative where it is to be drawn"
+            )
         given = torch.where(known, self._levels_of(x.clamp(min=0)), -1)
         return x.size(0), given.to(self._like.device)
 
     def _uniforms(self, n: int, u: Tensor | None, generator: torch.Generator | None) -> Tensor:
         like, shape = self._like, (n, self.draws, *self.image_size)
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"{self.name}: generator must be a torch.Generator or None, got {type(generator).__name__}")
         if u is None:
             seed, offset = draw_rng(like.device, generator).tolist()
             return ops.philox_uniform(shape, seed, offset, dtype=dtype, device=like.device)
@@ -378,13 +400,16 @@ class AutoregressiveImageModel(torch.nn.Module):
             ``[B, C, H, W]`` in [0, 1].
 
         Raises:
-            TypeError, ValueError: as `sample`; rows is negative or more than there are.
+            TypeError, ValueError: as `sample`; rows is negative or more than there are; x has no levels in them.
         """
         x = self._images(x)
         height = self.image_size[0]
         kept = height // 2 if rows is None else self._check_size("rows", rows, 0)
         if kept > height:
             raise ValueError(f"{self.name}: rows must be at most {height}, got {kept}")
+        most = 1.0 if x.is_floating_point() else self.levels - 1
+        if not bool(((x >= 0) & (x <= most))[:, :, :kept].all()):
+            raise ValueError(f"{self.name}: the rows of x that are kept must be numbers from 0 to {most}")
         # Levels in unsigned bytes or bits have no number below 0.
         known = x.clone() if x.is_floating_point() else x.long()
         known[:, :, kept:] = -1
@@ -407,6 +432,9 @@ class AutoregressiveImageModel(torch.nn.Module):
 
     def _draw(self, out: Tensor, u: Tensor, y: int, x: int, which: slice) -> Tensor:
         """Levels ``[n, C]`` of a pixel, or ``[n, 1]`` of one of its channels."""
+        pixel = out[..., y, x]
+        if bool(pixel.isnan().any()) or (self.likelihood == "categorical" and bool((pixel == math.inf).any())):
+            raise RuntimeError(f"{self.name}: the network gives no distribution (NaN or infinity) for some pixel")
         if self.likelihood == "bernoulli":
             return (u[:, which, y, x] < torch.sigmoid(out[:, which, y, x].to(u.dtype))).long()
         if self.likelihood == "categorical":

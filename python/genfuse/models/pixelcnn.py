@@ -88,7 +88,9 @@ class PixelCNN(AutoregressiveImageModel):
         self.num_layers = self._check_size("num_layers", num_layers)
         self.kernel_size = self._check_kernel("kernel_size", kernel_size)
         first = self.kernel_size if first_kernel_size is None else first_kernel_size
-        self.first_kernel_size = self._check_kernel("first_kernel_size", first, 3)
+        self.first_kernel_size = self._check_kernel(
+            "kernel_size" if first_kernel_size is None else "first_kernel_size", first, 3
+        )
         self.head_channels = self._check_sizes("head_channels", head_channels)
         self.residual = bool(residual)
         self.config = {
@@ -302,7 +304,9 @@ class GatedPixelCNN(AutoregressiveImageModel):
         self.num_layers = self._check_size("num_layers", num_layers)
         self.kernel_size = self._check_kernel("kernel_size", kernel_size)
         first = self.kernel_size if first_kernel_size is None else first_kernel_size
-        self.first_kernel_size = self._check_kernel("first_kernel_size", first, 3)
+        self.first_kernel_size = self._check_kernel(
+            "kernel_size" if first_kernel_size is None else "first_kernel_size", first, 3
+        )
         self.head_channels = self._check_sizes("head_channels", head_channels)
         self.skip = bool(skip)
         self.config = {

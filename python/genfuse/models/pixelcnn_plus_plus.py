@@ -45,15 +45,18 @@ class WeightNormModel(AutoregressiveImageModel):
         """
         layers = [one for one in self.modules() if isinstance(one, WeightNormConv2d)]
         modes = [(one, one.training) for one in self.modules()]
+        before = [layer.initialized.clone() for layer in layers]
         for layer in layers:
             layer._ready = False
+            layer.initialized.fill_(False)
         self.train()
         try:
             AutoregressiveImageModel.forward(self, x, labels)
         finally:
             for one, training in modes:
                 one.training = training
-            for layer in layers:
+            for layer, known in zip(layers, before, strict=True):  # an empty batch sets nothing
+                layer.initialized.logical_or_(known)
                 layer._ready = bool(layer.initialized)
 
 

@@ -522,7 +522,7 @@ class GlowStep(Transform):
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_channels("GlowStep", x, self.conv.channels)
         if self.training and not self.actnorm._ready:
-            self.actnorm.initialize(x)
+            self.actnorm._initialize(x, anew=False)
         z, log_abs_det = self.coupling(multiply(x, *self._folded()), context)
         return z, log_abs_det + self._log_det(x)
 

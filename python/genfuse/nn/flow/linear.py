@@ -73,7 +73,6 @@ class ActNorm(Transform):
         if not self.initialized.is_meta:
             self._ready = bool(self.initialized)
 
-    @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
         """Set the parameters by a batch, whatever the mode and whether they were set before.
 
@@ -81,6 +80,10 @@ class ActNorm(Transform):
             x: ``[B, C, *]``, of all processes together. Where there are no numbers in it nothing is set.
         """
         check_channels("ActNorm", x, self.num_features)
+        self._initialize(x, anew=True)
+
+    @torch.no_grad()
+    def _initialize(self, x: Tensor, anew: bool) -> None:
         values = x.detach().transpose(0, 1).flatten(1).double()
         count = values.new_full((1,), values.size(1))
         total = values.sum(1)
@@ -98,15 +101,17 @@ class ActNorm(Transform):
         if several:
             torch.distributed.all_reduce(square)
         scale = 1.0 / ((square / count.clamp(min=1.0)).sqrt() + 1e-6)
+        if not anew:  # the buffer may have been copied from a layer that was set, which nothing tells
+            some = some & ~self.initialized
         self.log_scale.copy_(torch.where(some, scale.log(), self.log_scale.double()))
         self.bias.copy_(torch.where(some, -mean * scale, self.bias.double()))
-        self.initialized.copy_(some.squeeze(0))
+        self.initialized.logical_or_(some.squeeze(0))
         self._ready = bool(self.initialized) if several else True
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_channels("ActNorm", x, self.num_features)
         if self.training and not self._ready:
-            self.initialize(x)
+            self._initialize(x, anew=False)
         return ops.actnorm(x, self.log_scale, self.bias)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

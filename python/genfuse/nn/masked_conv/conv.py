@@ -24,12 +24,12 @@ class MaskedConv2d(torch.nn.Conv2d):
             "horizontal_B": see `ops.masked_conv2d`. The first layer of a model, on the image itself, is of type A.
         in_channels, out_channels: I and O.
         kernel_size: odd, one number or ``(kh, kw)``.
-        padding: zeros on each side; "same" keeps the size.
+        stride: 1.
+        padding: zeros on each side; "same", unlike `torch.nn.Conv2d`'s 0, keeps the size.
         dilation, groups, bias, device, dtype: as of `torch.nn.Conv2d`.
+        padding_mode: "zeros".
         channel_groups: into how many groups the channels of both sides fall: 3 for RGB.
         channel_order: "contiguous", thirds of the channels, or "interleaved", every third channel.
-        stride: 1.
-        padding_mode: "zeros".
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -47,17 +47,17 @@ class MaskedConv2d(torch.nn.Conv2d):
         in_channels: int,
         out_channels: int,
         kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
         padding: str | int | tuple[int, int] = "same",
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
-        *,
-        channel_groups: int = 1,
-        channel_order: str = "contiguous",
-        stride: int | tuple[int, int] = 1,
         padding_mode: str = "zeros",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        channel_groups: int = 1,
+        channel_order: str = "contiguous",
     ) -> None:
         check_mask("MaskedConv2d", mask_type, channel_groups, channel_order)
         if stride not in (1, (1, 1), [1, 1]):

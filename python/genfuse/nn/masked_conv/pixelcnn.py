@@ -131,14 +131,18 @@ class WeightNormConv2d(torch.nn.Module):
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.conv2d(x, weight, bias, self.stride)
 
-    @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
         """Set g and the bias by a batch, whatever the mode and whether they were set before.
 
         Args:
-            x: ``[B, I, H, W]``, of all processes together. Where there are no numbers in it nothing is set.
+            x: ``[B, I, H, W]``, of all processes together. Where there are no numbers in it, or some that are not
+                finite, nothing is set.
         """
         self._check(x)
+        self._initialize(x, anew=True)
+
+    @torch.no_grad()
+    def _initialize(self, x: Tensor, anew: bool) -> None:
         with torch.autocast(x.device.type, enabled=False):
             direction = self._direction()
             values = self._convolve(x.detach().to(direction.dtype), direction, None).double()
@@ -163,10 +167,13 @@ class WeightNormConv2d(torch.nn.Module):
         # Where all positions are the same (a stream of rows above that has but one row) there is nothing to scale to,
         # and what differs later would be 1e5 times as large.
         scale = torch.where(variance > 1e-10 * (1.0 + mean.square()), scale, self.init_scale)
+        some = some & mean.isfinite().all() & variance.isfinite().all()
+        if not anew:  # the buffer may have been copied from a layer that was set, which nothing tells
+            some = some & ~self.initialized
         self.weight_g.copy_(torch.where(some, scale, self.weight_g.double()))
         self.bias.copy_(torch.where(some, -mean * scale, self.bias.double()))
-        self.initialized.copy_(some.squeeze(0))
-        self._ready = bool(self.initialized) if several else True
+        self.initialized.logical_or_(some.squeeze(0))
+        self._ready = torch.compiler.is_compiling() or bool(self.initialized)
 
     def _check(self, x: Tensor) -> None:
         name = type(self).__name__
@@ -178,7 +185,7 @@ class WeightNormConv2d(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self._check(x)
         if self.training and not self._ready:
-            self.initialize(x)
+            self._initialize(x, anew=False)
         return self._convolve(x, self.weight, self.bias)
 
 
@@ -204,8 +211,9 @@ class NetworkInNetwork(WeightNormConv2d):
 class DownShiftedConv2d(WeightNormConv2d):
     """A convolution that sees its own row and those above it, with as many columns on the left as on the right.
 
-    Salimans et al. 2017 (arXiv 1701.05517), section 2.2: the image is padded and the kernel is dense, so no tap is
-    masked. With a stride of 2 position y sees rows up to 2 y. The weight is normalised: see `WeightNormConv2d`.
+    Salimans et al. 2017 (arXiv 1701.05517), as in the code published with it: the image is padded and the kernel is
+    dense, so no tap is masked. With a stride of 2 position y sees rows up to 2 y. The weight is normalised: see
+    `WeightNormConv2d`.
 
     Args:
         in_channels, out_channels: I and O.
@@ -244,7 +252,7 @@ class DownShiftedConv2d(WeightNormConv2d):
 class DownRightShiftedConv2d(WeightNormConv2d):
     """A convolution that sees its own row and column, those above, and those to the left.
 
-    Salimans et al. 2017 (arXiv 1701.05517), section 2.2. With a stride of 2 position (y, x) sees up to (2 y, 2 x). The
+    Salimans et al. 2017 (arXiv 1701.05517). With a stride of 2 position (y, x) sees up to (2 y, 2 x). The
     weight is normalised: see `WeightNormConv2d`.
 
     Args:
@@ -483,8 +491,8 @@ def _convolution(kind: str, ins: int, outs: int, init_scale: float) -> WeightNor
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, heads: int = 1) -> Tensor:
     """Scaled dot-product attention of every pixel to those before it in raster order, not to itself; 0 of the first.
 
-    Chen et al. 2017 (arXiv 1712.09763), section 2.2; by torch's ``scaled_dot_product_attention``. What is not a number,
-    or not finite, reaches no pixel up to its own, and makes NaN of all after it.
+    Chen et al. 2017 (arXiv 1712.09763); by torch's ``scaled_dot_product_attention``. What is not
+    finite in a key or value reaches no pixel up to its own, and makes NaN of all after it.
 
     Args:
         query, key: ``[B, D, H, W]``.
@@ -495,6 +503,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, heads: int = 1) 
         ``[B, E, H, W]``.
 
     Raises:
+        TypeError: heads is no int.
         ValueError: heads do not divide the channels.
 
     Example:
@@ -503,7 +512,9 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, heads: int = 1) 
         tensor([[[[0.0000, 1.0000, 1.5000]]]])
     """
     batch, outputs, height, width = value.shape
-    if query.size(1) % heads or outputs % heads:
+    if isinstance(heads, bool) or not isinstance(heads, int):
+        raise TypeError(f"causal_attention: heads must be an int, got {type(heads).__name__}")
+    if heads < 1 or query.size(1) % heads or outputs % heads:
         raise ValueError(f"causal_attention: {heads} heads must divide {query.size(1)} and {outputs} channels")
     # Row n of what is asked meets row n of what is seen, but is of pixel n + 1: the mask that includes the diagonal,
     # which is the fast one, then excludes the pixel itself, and no row of it is empty.

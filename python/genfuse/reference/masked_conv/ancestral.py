@@ -27,6 +27,7 @@ CONSTANT, CONV, GATE, ACTIVATION, ADD, ATTENTION = range(6)
 # instructions; then each value's channels, factor and whether it is known a row at a time; then each instruction's
 # code, number of arguments and arguments, of which the first is the value it makes.
 HEADER, VALUE = 11, 3
+_FAR = 2**20  # farther than any tap of an image
 
 
 def _index(name: str, value: object, least: int) -> int:
@@ -42,7 +43,7 @@ def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
     pair = (value, value) if hasattr(value, "__index__") else tuple(value)
     if len(pair) != 2:
         raise ValueError(f"PixelProgram: {name} must be an int or a pair, got {value!r}")
-    return int(pair[0]), int(pair[1])
+    return _index(name, pair[0], -_FAR), _index(name, pair[1], -_FAR)
 
 
 def _choice(name: str, value: object, among: Sequence[str]) -> int:
@@ -228,6 +229,8 @@ class PixelProgram:
         rows, columns = weight.shape[2:]
         if live is None:
             return [(i, j) for i in range(rows) for j in range(columns)]
+        if not isinstance(live, Tensor):
+            raise TypeError(f"PixelProgram: live must be a Tensor, got {type(live).__name__}")
         if live.dtype != torch.bool or live.shape != weight.shape[2:]:
             raise ValueError(
                 f"PixelProgram: live must be bool [{rows}, {columns}], got {live.dtype} {list(live.shape)}"

@@ -1,8 +1,9 @@
 """The autoregressive image models in plain PyTorch: the definitions of `genfuse.models.PixelCNN`, `GatedPixelCNN`,
 `PixelCNNPlusPlus` and `PixelSNAIL`.
 
-Each twin has its original's arguments, ``state_dict`` and methods; the same ``state_dict``, images and uniforms give
-the same likelihoods, gradients and samples. They are written as the field writes them: weights times masks, halves by
+Each twin has its original's arguments and ``state_dict``, and the methods that define it: ``forward``, ``log_prob``,
+``loss``, ``bits_per_dim`` and ``sample``, the naive loop. The same ``state_dict``, images and uniforms give the same
+likelihoods, gradients and samples. They are written as the field writes them: weights times masks, halves by
 ``chunk``, cross entropy over levels, the mixture of logistics as published, and one pass over the whole image for each
 pixel that is drawn.
 """

@@ -444,6 +444,15 @@ def test_sampling_is_timed_whole_or_said_to_be_estimated(monkeypatch: pytest.Mon
     assert "estimated from 12 of its 32 passes" in sampling_for_people(figures)
 
 
+def test_flags_of_a_resumed_run(whole: Callable[[str], Path]) -> None:
+    for name, words in (
+        ("pixelcnn", "began without --binary: it cannot be resumed with it"),
+        ("gated-pixelcnn", "began with --binary: it cannot be resumed without it"),
+    ):
+        with pytest.raises(UserError, match=words):
+            train(name, "", whole(name), resume=True, binary=name == "pixelcnn")
+
+
 # Samples and completions.
 
 
@@ -524,6 +533,12 @@ def test_samples_of_classes(whole: Callable[[str], Path], tmp_path: Path, monkey
     parts = PixelData(source, PixelCNNSettings(binary=True))
     assert parts.labels is not None
     assert seen[2] == parts.labels[2].tolist()
+    np.savez(tmp_path / "unlabelled.npz", images=source.pixels[:3, 0])
+    others: dict[str, Any] = {"complete": True, "data": str(tmp_path / "unlabelled.npz"), "seed": 0}
+    assert sample_pixel_model(saved, tmp_path / "a.png", label=1, **others) == 3
+    assert seen[-1] == [1, 1, 1]
+    with pytest.raises(UserError, match="has no labels"):
+        sample_pixel_model(saved, tmp_path / "a.png", **others)
 
 
 @pytest.mark.parametrize(
@@ -618,13 +633,23 @@ def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["pixelcnn", "--levels", "1"], "--levels must be from 2 to 256, not 1"),
         (["pixelcnn++", "--levels", "10"], "--levels 10 is no power of 2"),
         (["pixelcnn", "--layers", "0"], "--layers must be at least 1, not 0"),
-        (["pixelcnn", "--kernel-size", "4"], "the model will not do"),
+        (["pixelcnn", "--kernel-size", "4"], "--kernel-size must be odd, not 4"),
+        (["pixelcnn", "--kernel-size", "1"], "--kernel-size must be at least 3, not 1"),
+        (["gated-pixelcnn", "--first-kernel-size", "1"], "--first-kernel-size must be at least 3, not 1"),
+        (["gated-pixelcnn", "--kernel-size", "2"], "--kernel-size must be odd, not 2"),
         (["pixelcnn", "--head-channels", "x"], "--head-channels is whole numbers separated by commas"),
         (["pixelcnn", "--head-channels", "8,0"], "--head-channels must be whole numbers of at least 1"),
         (["pixelcnn", "--channels", "1000000000"], "needs more memory"),
         (["pixelcnn++", "--dropout", "1"], "--dropout is a probability"),
         (["pixelcnn++", "--mixtures", "-1"], "--mixtures must be at least 0"),
-        (["pixelcnn++", "--scales", "6"], "the model will not do"),
+        (["pixelcnn++", "--scales", "5"], "--scales must be at most 4 for images of 8 x 8, not 5"),
+        (["pixelcnn++", "--data", "oblong.npy", "--scales", "3"], "--scales must be at most 2 for images of 4 x 6"),
+        (["pixelcnn++", "--data", "colours.npy", "--scales", "1", "--binary"], "--binary will not do for colours"),
+        (["pixelcnn++", "--data", "colours.npy", "--scales", "1", "--levels", "2"], "--levels 2 will not do for"),
+        (["pixelsnail", "--data", "colours.npy", "--mixtures", "0"], "--mixtures 0 will not do for colours"),
+        (["pixelsnail", "--data", "coloured-bits.npy"], "data of 2 levels will not do for colours"),
+        (["pixelsnail", "--heads", "3"], "--heads must divide --keys, 16, and half of --filters, 16, and 3 does not"),
+        (["pixelsnail", "--heads", "8", "--filters", "24"], "half of --filters, 12, and 8 does not"),
         (["pixelsnail", "--blocks", "0"], "--blocks must be at least 1"),
         (["pixelsnail", "--heads", "0"], "--heads must be at least 1"),
         (["pixelcnn", "--held-out", "0.5"], "--held-out is kept twice"),
@@ -647,6 +672,9 @@ def test_mistakes(
     Path("text.csv").write_text("a,b\n1,red\n")
     np.save("two.npy", PIXELS[:2])
     np.save("bits.npy", PIXELS > 99)
+    np.save("oblong.npy", np.resize(PIXELS, (30, 4, 6)))
+    np.save("colours.npy", np.resize(PIXELS, (20, 4, 4, 3)))
+    np.save("coloured-bits.npy", np.resize(PIXELS, (20, 4, 4, 3)) > 99)
     assert words in fails(["train", *arguments], capsys)
     assert not Path("runs").exists()
 
@@ -684,6 +712,9 @@ def test_from_beginning_to_end(
     assert "has pixels of 256 values, and the model is of 17" in fails(
         ["evaluate", "runs/pixelcnn", "--data", "grey.npy"], capsys
     )
+    assert "has pixels of 256 values, and the model is of 17: it cannot complete them." in fails(
+        ["sample", "runs/pixelcnn", "--complete", "--data", "grey.npy"], capsys
+    )
     assert cli.run(["sample", "runs/pixelcnn", "--count", "30", "--out", "a.png", "--seed", "1"]) == 0
     assert capsys.readouterr().out == "30 images in a.png\n"
     complete = ["sample", "runs/pixelcnn/model.safetensors", "--complete", "--rows", "2", "--count", "200"]
@@ -700,6 +731,12 @@ def test_from_beginning_to_end(
     )
     assert "began with --layers 2: it cannot be resumed with 3" in fails(
         ["train", "pixelcnn", "--resume", "--layers", "3"], capsys
+    )
+    assert "began without --binary: it cannot be resumed with it." in fails(
+        ["train", "pixelcnn", "--resume", "--binary"], capsys
+    )
+    assert "began without --levels: it cannot be resumed with 4." in fails(
+        ["train", "pixelcnn", "--resume", "--levels", "4"], capsys
     )
     assert load_any("runs/pixelcnn").config["arguments"]["levels"] == 17
     for name in NAMES:

@@ -255,9 +255,16 @@ def _settings(kind: type[Job], given: dict[str, Any], folder: Path, resume: bool
     for name, value in given.items():
         before = getattr(saved, name)
         if value != before and name not in options.extendable:
-            raise UserError(
-                f"the run in {folder} began with {options.option(name)} {before}: it cannot be resumed with {value}."
-            )
+            option = options.option(name)
+            if before is None or isinstance(before, bool):
+                began = f"with {option}" if before else f"without {option}"
+            else:
+                began = f"with {option} {before}"
+            if isinstance(value, bool):
+                now = "with it" if value else "without it"
+            else:
+                now = f"with {value}"
+            raise UserError(f"the run in {folder} began {began}: it cannot be resumed {now}.")
     more = {name: given[name] for name in options.extendable if name in given}
     return options(**{**saved.to_json(), **more}), saved
 

@@ -338,9 +338,11 @@ def evaluate_pixel_model(
     return {**figures, "data": name, "levels": saved.config["arguments"]["levels"]}
 
 
-def _images_for(saved: SavedPixelModel, data: str | None) -> tuple[Tensor, Tensor | None, str]:
+def _images_for(
+    saved: SavedPixelModel, data: str | None, *, completed: bool = False, label: int | None = None
+) -> tuple[Tensor, Tensor | None, str]:
     """Images as a model scores and completes them, their labels, and what they are: the test part of its own data, or
-    others."""
+    others, whose labels are not read where `label` is that of all."""
     run, arguments = saved.config["run"], saved.config["arguments"]
     job = next(job for job in JOBS if job.model == saved.config["model"])
     settings: Any = job.settings_class.from_json(run["settings"])
@@ -352,15 +354,15 @@ def _images_for(saved: SavedPixelModel, data: str | None) -> tuple[Tensor, Tenso
         return parts.test, None if parts.labels is None else parts.labels[2], f"test part of {source.name}"
     resized = settings.image_size if os.path.isdir(data) else None
     classes = arguments["num_classes"]
-    source = load_images(data, image_size=resized, grey=settings.grey, labels=classes is not None)
+    source = load_images(data, image_size=resized, grey=settings.grey, labels=classes is not None and label is None)
     shape = (arguments["in_channels"], *arguments["image_size"])
     if source.shape != shape:
         sizes = [" x ".join(map(str, size)) for size in (source.shape, shape)]
         raise UserError(f"{source.name} holds images of {sizes[0]}, and the model is of images of {sizes[1]}.")
     if source.levels < arguments["levels"] or settings.levels_of(source.levels) != arguments["levels"]:
+        why = "it cannot complete them" if completed else "their likelihoods cannot be compared"
         raise UserError(
-            f"{source.name} has pixels of {source.levels} values, and the model is of {arguments['levels']}: "
-            "their likelihoods cannot be compared."
+            f"{source.name} has pixels of {source.levels} values, and the model is of {arguments['levels']}: {why}."
         )
     own = source.test is None
     pixels, labels = (source.pixels, source.labels) if source.test is None else (source.test, source.test_labels)
@@ -446,7 +448,9 @@ def sample_pixel_model(
     height = model.image_size[0]
     if rows is not None and not 0 <= rows <= height:
         raise UserError(f"--rows must be from 0 to {height}, not {rows}.")
-    images, labels, _ = _images_for(saved, data) if complete else (torch.empty(0), None, "")
+    images, labels = torch.empty(0), None
+    if complete:
+        images, labels, _ = _images_for(saved, data, completed=True, label=label)
     with memory_for(f"a picture of --count {count}"):
         if complete:
             device = next(model.parameters()).device

@@ -116,6 +116,11 @@ class Settings:
             if getattr(self, name) < least:
                 raise UserError(f"{self.option(name)} must be at least {least}, not {getattr(self, name)}.")
 
+    def _check_kernel(self, least: int, name: str) -> None:
+        self._check_at_least(least, name)
+        if getattr(self, name) % 2 == 0:
+            raise UserError(f"{self.option(name)} must be odd, not {getattr(self, name)}.")
+
     def _check_not_negative(self, *names: str) -> None:
         for name in names:
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0.0):
@@ -613,6 +618,10 @@ class PixelCNNSettings(PixelSettings):
     counts: ClassVar[tuple[str, ...]] = ("channels", "num_layers", "kernel_size")
     arguments: ClassVar[tuple[str, ...]] = ("channels", "num_layers", "kernel_size", "head_channels", "residual")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_kernel(3, "kernel_size")
+
 
 @dataclass(frozen=True)
 class GatedPixelCNNSettings(PixelSettings):
@@ -633,6 +642,11 @@ class GatedPixelCNNSettings(PixelSettings):
         *("channels", "num_layers", "kernel_size", "first_kernel_size"),
         *("head_channels", "skip"),
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_kernel(1, "kernel_size")
+        self._check_kernel(3, "first_kernel_size")
 
 
 @dataclass(frozen=True)
@@ -667,6 +681,17 @@ class MixtureSettings(PixelSettings):
         return 1 << (levels.bit_length() - 1) if self.nr_logistic_mix else levels
 
     def model_arguments(self, shape: tuple[int, ...], levels: int, classes: int | None) -> dict[str, Any]:
+        if shape[0] > 1 and (levels == 2 or not self.nr_logistic_mix):
+            if self.binary:
+                what = "--binary"
+            elif levels == 2:
+                what = "--levels 2" if self.levels == 2 else "data of 2 levels"
+            else:
+                what = "--mixtures 0"
+            raise UserError(
+                f"{what} will not do for colours, which this model makes mixtures of logistics over more than 2 "
+                "levels: make them grey with --grey, or train a pixelcnn instead."
+            )
         arguments = super().model_arguments(shape, levels, classes)
         return {**arguments, "nr_logistic_mix": self.nr_logistic_mix or None}
 
@@ -679,6 +704,14 @@ class PixelCNNPlusPlusSettings(MixtureSettings):
 
     counts: ClassVar[tuple[str, ...]] = ("nr_resnet", "nr_filters", "scales")
     arguments: ClassVar[tuple[str, ...]] = ("nr_resnet", "nr_filters", "nr_logistic_mix", "dropout", "scales")
+
+    def model_arguments(self, shape: tuple[int, ...], levels: int, classes: int | None) -> dict[str, Any]:
+        _, height, width = shape
+        sides = height | width
+        most = (sides & -sides).bit_length()  # one more than how often 2 divides both
+        if self.scales > most:
+            raise UserError(f"--scales must be at most {most} for images of {height} x {width}, not {self.scales}.")
+        return super().model_arguments(shape, levels, classes)
 
 
 @dataclass(frozen=True)
@@ -699,6 +732,15 @@ class PixelSNAILSettings(MixtureSettings):
         *("nr_blocks", "nr_resnet", "nr_filters", "nr_logistic_mix"),
         *("key_channels", "num_heads", "dropout"),
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        values = max(1, self.nr_filters // 2)
+        if self.key_channels % self.num_heads or values % self.num_heads:
+            raise UserError(
+                f"--heads must divide --keys, {self.key_channels}, and half of --filters, {values}, and "
+                f"{self.num_heads} does not."
+            )
 
 
 def process_rank() -> int:

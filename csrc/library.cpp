@@ -85,9 +85,11 @@ STABLE_TORCH_LIBRARY(genfuse, m) {
       "discretized_gaussian_nll_backward(Tensor? grad, Tensor x, Tensor mean, Tensor scale, int batch_dims, "
       "bool log_std, int levels, int needs) -> (Tensor grad_x, Tensor grad_mean, Tensor grad_scale)");
   // likelihood of pixels; codes of layout: csrc/likelihood/mixture.h
-  m.def("categorical_nll(Tensor logits, Tensor target, int dim, bool by_position) -> (Tensor nll, Tensor log_sum_exp)");
   m.def(
-      "categorical_nll_backward(Tensor? grad, Tensor logits, Tensor target, Tensor log_sum_exp, int dim, "
+      "categorical_nll(Tensor logits, Tensor target, int dim, bool by_position) -> (Tensor nll, Tensor top, "
+      "Tensor log_sum)");
+  m.def(
+      "categorical_nll_backward(Tensor? grad, Tensor logits, Tensor target, Tensor top, Tensor log_sum, int dim, "
       "bool by_position, int needs) -> Tensor");
   m.def(
       "discretized_logistic_mixture_nll(Tensor x, Tensor params, int bits, bool openai, int layout, "

@@ -963,10 +963,12 @@ def discretized_logistic_mixture_sample(
 
 @triton.jit(do_not_specialize=["R", "outer", "chunks", "tiles"])
 def _categorical_nll_kernel(
-    logits, target, nll, log_sum_exp, parts, R, outer, inner, L, chunks, tiles, row_step, outer_step, inner_step,
+    logits, target, nll, tops, log_sums, parts, R, outer, inner, L, chunks, tiles, row_step, outer_step, inner_step,
     level_step, target_row, target_outer, target_inner, BP: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
-    """ln of the sum over levels, and what of it each position lacks; each lane sums its own levels first."""
+    """The largest logit, ln of the sum over levels in units of its exponential, and what of both each position lacks;
+    each lane sums its own levels first. The two are not added: their sum would lose what large logits differ by.
+    """
     program = tl.program_id(0).to(tl.int64)
     piece = program % (outer * chunks)
     row = program // (outer * chunks)
@@ -991,13 +993,14 @@ def _categorical_nll_kernel(
         highest = tl.max(top, 1)
         # NaN is passed over in a maximum, but not in the sum.
         decay = tl.where(top == highest[:, None], 1.0, tl.exp(top - highest[:, None]))
-        found = highest + tl.log(tl.sum(total * decay, 1))
+        log_sum = tl.log(tl.sum(total * decay, 1))
         chosen = tl.load(target + target_at + position * target_inner, mask=ok, other=0).to(tl.int64)
         there = ok & (chosen >= 0) & (chosen < L)
         value = tl.load(logits + place + chosen * level_step, mask=there, other=float("nan")).to(tl.float32)
-        each = found - value
+        each = (highest - value) + log_sum
         result = (row * outer + start) * inner + position
-        tl.store(log_sum_exp + result, found, mask=ok)
+        tl.store(tops + result, highest, mask=ok)
+        tl.store(log_sums + result, log_sum, mask=ok)
         if nll is not None:
             tl.store(nll + result, each, mask=ok)
         sums += tl.where(ok, each, 0.0)
@@ -1007,9 +1010,9 @@ def _categorical_nll_kernel(
 
 @triton.jit(do_not_specialize=["outer", "chunks", "levels", "grad_row", "grad_position"])
 def _categorical_nll_backward_kernel(
-    grad, logits, target, log_sum_exp, grad_logits, outer, inner, L, chunks, levels, grad_row, grad_position, row_step,
-    outer_step, inner_step, level_step, target_row, target_outer, target_inner, to_row, to_outer, to_inner, to_level,
-    BP: tl.constexpr, BL: tl.constexpr,
+    grad, logits, target, tops, log_sums, grad_logits, outer, inner, L, chunks, levels, grad_row, grad_position,
+    row_step, outer_step, inner_step, level_step, target_row, target_outer, target_inner, to_row, to_outer, to_inner,
+    to_level, BP: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
     """Softmax less the one that is; `levels` blocks of levels to a block of positions."""
     program = tl.program_id(0).to(tl.int64)
@@ -1022,11 +1025,12 @@ def _categorical_nll_backward_kernel(
     place = row * row_step + start * outer_step + position * inner_step
     value = tl.load(logits + place[:, None] + level[None, :] * level_step, mask=both, other=0.0).to(tl.float32)
     index = start * inner + position
-    total = tl.load(log_sum_exp + row * outer * inner + index, mask=ok, other=0.0).to(tl.float32)
+    top = tl.load(tops + row * outer * inner + index, mask=ok, other=0.0).to(tl.float32)
+    log_sum = tl.load(log_sums + row * outer * inner + index, mask=ok, other=0.0).to(tl.float32)
     g = tl.load(grad + row * grad_row + index * grad_position, mask=ok, other=0.0).to(tl.float32)
     place = row * target_row + start * target_outer + position * target_inner
     chosen = tl.load(target + place, mask=ok, other=0).to(tl.int64)
-    share = tl.exp(value - total[:, None])
+    share = tl.exp((value - top[:, None]) - log_sum[:, None])
     by = g[:, None] * (share - tl.where(level[None, :] == chosen[:, None], 1.0, 0.0))
     place = row * to_row + start * to_outer + position * to_inner
     tl.store(
@@ -1094,34 +1098,36 @@ def _level_tile(levels: int, count: int, level_step: int, inner_step: int) -> tu
     return BP, min(_power_of_two(levels), 8)
 
 
-def categorical_nll(logits: Tensor, target: Tensor, dim: int, by_position: bool) -> tuple[Tensor, Tensor]:
-    """``genfuse::categorical_nll``: (nll, ln of the sum over levels). A level that is none makes NaN."""
-    log_sum_exp = logits.new_empty(target.shape, dtype=torch.float32)
+def categorical_nll(logits: Tensor, target: Tensor, dim: int, by_position: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """``genfuse::categorical_nll``: (nll, largest logit, ln sum e^(logit - it)). A level that is none makes NaN."""
+    top = logits.new_empty(target.shape, dtype=torch.float32)
+    log_sum = torch.empty_like(top)
     if target.numel() == 0:
-        return logits.new_zeros(target.shape if by_position else target.shape[:1], dtype=torch.float32), log_sum_exp
+        return logits.new_zeros(target.shape if by_position else target.shape[:1], dtype=torch.float32), top, log_sum
     where = _Positions(dim, logits, target)
     data, rows, levels = where.data[0], target.size(0), logits.size(dim)
     BP, BL = _level_tile(levels, where.inner, data.stride(dim), where.strides[0][2])
     blocks = triton.cdiv(where.inner, BP)
     tiles = 1 if by_position else min(max(rows * where.outer * blocks // _MANY, 1), blocks)
     chunks = triton.cdiv(blocks, tiles)
-    nll = torch.empty_like(log_sum_exp) if by_position else None
+    nll = torch.empty_like(top) if by_position else None
     parts = None if by_position else logits.new_empty((where.outer * chunks, rows), dtype=torch.float32)
     _categorical_nll_kernel[(rows * where.outer * chunks,)](
-        data, where.data[1], nll, log_sum_exp, parts, rows, where.outer, where.inner, levels, chunks, tiles,
+        data, where.data[1], nll, top, log_sum, parts, rows, where.outer, where.inner, levels, chunks, tiles,
         *where.strides[0], data.stride(dim), *where.strides[1], BP=BP, BL=BL,
     )  # fmt: skip
     if nll is not None:
-        return nll, log_sum_exp
+        return nll, top, log_sum
     assert parts is not None
-    return _add_up(parts), log_sum_exp
+    return _add_up(parts), top, log_sum
 
 
 def categorical_nll_backward(
     grad: Tensor | None,
     logits: Tensor,
     target: Tensor,
-    log_sum_exp: Tensor,
+    top: Tensor,
+    log_sum: Tensor,
     dim: int,
     by_position: bool,
     needs: int,
@@ -1139,9 +1145,9 @@ def categorical_nll_backward(
         BP, BL = _level_tile(levels, where.inner, written.stride(dim), where.strides[2][2])
         chunks, blocks = triton.cdiv(where.inner, BP), triton.cdiv(levels, BL)
         _categorical_nll_backward_kernel[(rows * where.outer * chunks * blocks,)](
-            g, data, where.data[1], log_sum_exp, written, where.outer, where.inner, levels, chunks, blocks, *g.stride(),
-            *where.strides[0], data.stride(dim), *where.strides[1], *where.strides[2], written.stride(dim), BP=BP,
-            BL=BL,
+            g, data, where.data[1], top, log_sum, written, where.outer, where.inner, levels, chunks, blocks,
+            *g.stride(), *where.strides[0], data.stride(dim), *where.strides[1], *where.strides[2],
+            written.stride(dim), BP=BP, BL=BL,
         )  # fmt: skip
         if written is not to:
             to.copy_(written)

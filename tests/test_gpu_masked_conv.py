@@ -252,8 +252,8 @@ def everything(x: Tensor, weight: Tensor, params: Tensor, target: Tensor) -> lis
     u = x[:, :4].sigmoid()
     drawn = likelihood_kernels.discretized_logistic_mixture_sample(params, u, None, 3, 8, 0, -7.0, 1.0, True)
     results += [nll, *back, drawn]
-    nll, total = likelihood_kernels.categorical_nll(x, target, 1, False)
-    return [*results, nll, total, likelihood_kernels.categorical_nll_backward(nll, x, target, total, 1, False, 1)]
+    nll, *saved = likelihood_kernels.categorical_nll(x, target, 1, False)
+    return [*results, nll, *saved, likelihood_kernels.categorical_nll_backward(nll, x, target, *saved, 1, False, 1)]
 
 
 def inputs(batch: int = 33, size: int = 12) -> list[Tensor]:

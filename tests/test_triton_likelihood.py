@@ -267,8 +267,8 @@ def calls(dtype: torch.dtype) -> None:
     logits, target = of(8, 256, 8, 8), torch.zeros(8, 8, 8, dtype=torch.uint8)
     if dtype != torch.float32:
         logits, target = logits.contiguous(memory_format=torch.channels_last), target.to(torch.int64)
-    nll, total = kernels.categorical_nll(logits, target, 1, dtype == torch.float32)
-    kernels.categorical_nll_backward(nll, logits, target, total, 1, dtype == torch.float32, 1)
+    nll, *saved = kernels.categorical_nll(logits, target, 1, dtype == torch.float32)
+    kernels.categorical_nll_backward(nll, logits, target, *saved, 1, dtype == torch.float32, 1)
 
 
 @compiled

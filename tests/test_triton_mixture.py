@@ -24,7 +24,7 @@ from test_triton_sampling import HALVES, INF, NAN, RNG, Check, compiled, interpr
 
 definitions = Definitions(mixture_ops._NLL, mixture_ops._SAMPLE, categorical_ops._NLL)
 mixture = Check("discretized_logistic_mixture_nll", 2, family=kernels, definition=definitions)
-categorical = Check("categorical_nll", 1, constants=(1,), saved=(1,), family=kernels, definition=definitions)
+categorical = Check("categorical_nll", 1, constants=(1, 2), saved=(1, 2), family=kernels, definition=definitions)
 OPENAI, PIXEL_MODELS, FLAX, WAVENET = range(4)
 EPS = torch.finfo(torch.float32).eps
 
@@ -266,8 +266,8 @@ def test_categorical_reads_views_where_they_lie() -> None:
         assert kernels._Positions(dim, logits, kind).data[0] is logits, name
         for by_position in (False, True):
             categorical((logits, kind), (dim, by_position))
-        found, total = kernels.categorical_nll(logits.float(), kind, dim, False)
-        back = kernels.categorical_nll_backward(found, logits.float(), kind, total, dim, False, 1)
+        found, *saved = kernels.categorical_nll(logits.float(), kind, dim, False)
+        back = kernels.categorical_nll_backward(found, logits.float(), kind, *saved, dim, False, 1)
         assert back.stride() == logits.float().stride()
     for dtype in (torch.int32, torch.int16):
         categorical((flat.view(2, 3, 4, 2, 3), target.to(dtype)), (2, True))
@@ -291,19 +291,20 @@ def test_categorical_at_its_ends() -> None:
     logits[2] = 1e30
     logits[3, 2] = NAN
     target = torch.tensor([0, 0, 3, 0, 4, -1])
-    found, total = kernels.categorical_nll(logits, target, 1, False)
+    found, *saved = kernels.categorical_nll(logits, target, 1, False)
     assert found[:2].tolist() == [0.0, INF]
     assert found.isnan().tolist() == [False, False, False, True, True, True]
-    assert float(found[2]) == 0.0 or math.isclose(float(found[2]), math.log(4.0), rel_tol=1e-6)
-    back = kernels.categorical_nll_backward(torch.ones(6), logits, target, total, 1, False, 1)
+    assert math.isclose(float(found[2]), math.log(4.0), rel_tol=1e-6)
+    back = kernels.categorical_nll_backward(torch.ones(6), logits, target, *saved, 1, False, 1)
+    torch.testing.assert_close(back[2], torch.tensor([0.25, 0.25, 0.25, -0.75]))
     assert back[0].tolist() == [0.0] * 4
     assert back.isnan().any(1).tolist() == [False, False, False, True, False, False]
     for shape in ((0, 4, 2), (2, 4, 0)):
         empty, none = torch.empty(shape), torch.empty(shape[0], shape[2], dtype=torch.int64)
-        found, total = kernels.categorical_nll(empty, none, 1, False)
+        found, *others = kernels.categorical_nll(empty, none, 1, False)
         assert torch.equal(found, torch.zeros(shape[0]))
-        assert kernels.categorical_nll_backward(found, empty, none, total, 1, False, 1).shape == shape
-    assert not bool(kernels.categorical_nll_backward(None, logits, target, total, 1, False, 1).any())
+        assert kernels.categorical_nll_backward(found, empty, none, *others, 1, False, 1).shape == shape
+    assert not bool(kernels.categorical_nll_backward(None, logits, target, *saved, 1, False, 1).any())
 
 
 @compiled

@@ -25,13 +25,15 @@ struct CategoricalNll {
   Levels<const T> logits;
   const int64_t* target = nullptr;  // [positions], of [0, levels)
   bool by_position = false;
-  T* out = nullptr;    // [positions] by position, else [positions / row]
-  T* total = nullptr;  // [positions]: ln sum e^logit
+  T* out = nullptr;  // [positions] by position, else [positions / row]
+  // [positions]: the largest logit, and ln sum e^(logit - top). Their sum would lose what the logits differ by where
+  // they are large.
+  T *top = nullptr, *log_sum = nullptr;
 };
 
 template <class T>
 struct CategoricalNllBackward {
-  CategoricalNll<T> forward;  // `total` is read
+  CategoricalNll<T> forward;  // `top` and `log_sum` are read
   const T* grad = nullptr;    // as `out`
   T* grad_logits = nullptr;   // strides of logits
 };

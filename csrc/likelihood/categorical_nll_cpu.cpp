@@ -43,9 +43,9 @@ struct Runs {
 // ---- a lane is a position
 // --------------------------------------------------------------------------------------------
 
-// n positions, at most V vectors of them, side by side: ln sum e^logit.
+// n positions, at most V vectors of them, side by side: the largest logit, and ln sum e^(logit - top).
 template <class T, int V, bool whole>
-inline void totals(const T* logits, int64_t level, int64_t levels, int64_t n, T* total) {
+inline void totals(const T* logits, int64_t level, int64_t levels, int64_t n, T* tops, T* log_sums) {
   constexpr int L = kLanes<T>, chunk = 8;
   const auto logit = [&](int64_t l, int v) {
     if constexpr (whole) return load(logits + l * level + v * L);
@@ -71,31 +71,34 @@ inline void totals(const T* logits, int64_t level, int64_t levels, int64_t n, T*
     }
   }
   for (int v = 0; v < V; ++v) {
-    // Nothing but -infinity is no distribution: its likelihood is NaN.
-    const Vec<T> r = top[v] == -kInfinity<T> ? top[v] : top[v] + log_wide(sum[v]);
+    // Nothing but -infinity is no distribution: what is less than it by that is NaN.
+    const Vec<T> r = log_wide(sum[v]);
     if constexpr (whole) {
-      store(total + v * L, r);
+      store(tops + v * L, top[v]);
+      store(log_sums + v * L, r);
     } else {
-      store_upto(total + v * L, r, n - v * L);
+      store_upto(tops + v * L, top[v], n - v * L);
+      store_upto(log_sums + v * L, r, n - v * L);
     }
   }
 }
 
 template <class T, int V, bool whole>
-inline void softmax_gradients(const T* logits, int64_t level, int64_t levels, int64_t n, const T* total, const T* grad,
-                              T* out) {
+inline void softmax_gradients(const T* logits, int64_t level, int64_t levels, int64_t n, const T* tops,
+                              const T* log_sums, const T* grad, T* out) {
   constexpr int L = kLanes<T>;
-  Vec<T> g[V], less[V];
-  for (int v = 0; v < V; ++v) g[v] = load(grad + v * L), less[v] = load(total + v * L);
+  Vec<T> g[V], top[V], less[V];
+  for (int v = 0; v < V; ++v) g[v] = load(grad + v * L), top[v] = load(tops + v * L), less[v] = load(log_sums + v * L);
   for (int64_t l = 0; l < levels; ++l) {
     for (int v = 0; v < V; ++v) {
       const int64_t at = l * level + v * L;
       if constexpr (whole) {
         __builtin_prefetch(logits + at + 8 * level);
         __builtin_prefetch(out + at + 8 * level, 1);
-        store(out + at, g[v] * exp_weight<T>(load(logits + at) - less[v]));
+        store(out + at, g[v] * exp_weight<T>((load(logits + at) - top[v]) - less[v]));
       } else {
-        store_upto(out + at, g[v] * exp_weight<T>(load_upto(logits + at, n - v * L) - less[v]), n - v * L);
+        const Vec<T> below = load_upto(logits + at, n - v * L) - top[v];
+        store_upto(out + at, g[v] * exp_weight<T>(below - less[v]), n - v * L);
       }
     }
   }
@@ -105,7 +108,7 @@ inline void softmax_gradients(const T* logits, int64_t level, int64_t levels, in
 // -----------------------------------------------------------------------------------------------
 
 template <class T>
-inline T total_of_row(const T* logits, int64_t levels) {
+inline void total_of_row(const T* logits, int64_t levels, T* largest, T* log_sum) {
   constexpr int L = kLanes<T>;
   Vec<T> most = broadcast(-kInfinity<T>);
   int64_t l = 0;
@@ -116,19 +119,20 @@ inline T total_of_row(const T* logits, int64_t levels) {
   T top = -kInfinity<T>;
   for (int j = 0; j < L; ++j) top = most[j] > top ? most[j] : top;
   for (; l < levels; ++l) top = logits[l] > top ? logits[l] : top;
-  if (top == -kInfinity<T>) top = 0;  // so that nothing is left
+  *largest = top;
   Vec<T> sum{};
   for (l = 0; l + L <= levels; l += L) sum += exp_weight<T>(load(logits + l) - top);
   if (l < levels) {
     const int64_t n = levels - l;
     sum += keep_first<T>(exp_weight<T>(load_partial(logits + l, static_cast<int>(n)) - top), n);
   }
-  return top + log_wide(broadcast(genfuse::GENFUSE_ISA::sum<T>(sum)))[0];
+  *log_sum = log_wide(broadcast(genfuse::GENFUSE_ISA::sum<T>(sum)))[0];
 }
 template <class T>
-inline void gradients_of_row(const T* logits, int64_t levels, T total, T grad, T* out) {
+inline void gradients_of_row(const T* logits, int64_t levels, T top, T log_sum, T grad, T* out) {
   for (int64_t l = 0; l < levels; l += kLanes<T>) {
-    store_upto(out + l, grad * exp_weight<T>(load_upto(logits + l, levels - l) - total), levels - l);
+    const Vec<T> below = load_upto(logits + l, levels - l) - top;
+    store_upto(out + l, grad * exp_weight<T>(below - log_sum), levels - l);
   }
 }
 
@@ -182,16 +186,18 @@ void forward(const CategoricalNll<T>& p, char* workspace, const Executor& execut
   if (side_by_side(p)) {
     for_tiles(executor, p, [&](int64_t first, int64_t offset, int64_t n) {
       const T* logits = p.logits.data + offset;
-      T* total = p.total + first;
+      T *top = p.top + first, *log_sum = p.log_sum + first;
       constexpr int64_t L = kLanes<T>;
       if (n == kVectors * L) {
-        totals<T, kVectors, true>(logits, p.logits.level, p.levels, n, total);
+        totals<T, kVectors, true>(logits, p.logits.level, p.levels, n, top, log_sum);
       } else {
         for (int64_t i = 0; i < n; i += L) {
-          totals<T, 1, false>(logits + i, p.logits.level, p.levels, minimum(L, n - i), total + i);
+          totals<T, 1, false>(logits + i, p.logits.level, p.levels, minimum(L, n - i), top + i, log_sum + i);
         }
       }
-      for (int64_t j = 0; j < n; ++j) each[first + j] = total[j] - logits[p.target[first + j] * p.logits.level + j];
+      for (int64_t j = 0; j < n; ++j) {
+        each[first + j] = (top[j] - logits[p.target[first + j] * p.logits.level + j]) + log_sum[j];
+      }
     });
   } else {
     for_rows(executor, p, buffers, [&](int64_t i, int64_t offset, T* buffer) {
@@ -200,8 +206,8 @@ void forward(const CategoricalNll<T>& p, char* workspace, const Executor& execut
         for (int64_t l = 0; l < p.levels; ++l) buffer[l] = logits[l * p.logits.level];
         logits = buffer;
       }
-      p.total[i] = total_of_row(logits, p.levels);
-      each[i] = p.total[i] - logits[p.target[i]];
+      total_of_row(logits, p.levels, p.top + i, p.log_sum + i);
+      each[i] = (p.top[i] - logits[p.target[i]]) + p.log_sum[i];
     });
   }
   if (p.by_position) return;
@@ -221,16 +227,18 @@ void backward(const CategoricalNllBackward<T>& b, char* workspace, const Executo
   if (side_by_side(p)) {
     for_tiles(executor, p, [&](int64_t first, int64_t offset, int64_t n) {
       constexpr int64_t L = kLanes<T>;
-      alignas(64) T grad[kVectors * L] = {}, total[kVectors * L] = {};
-      for (int64_t j = 0; j < n; ++j) grad[j] = grad_of(first + j), total[j] = p.total[first + j];
+      alignas(64) T grad[kVectors * L] = {}, top[kVectors * L] = {}, log_sum[kVectors * L] = {};
+      for (int64_t j = 0; j < n; ++j) {
+        grad[j] = grad_of(first + j), top[j] = p.top[first + j], log_sum[j] = p.log_sum[first + j];
+      }
       const T* logits = p.logits.data + offset;
       T* out = b.grad_logits + offset;
       if (n == kVectors * L) {
-        softmax_gradients<T, kVectors, true>(logits, p.logits.level, p.levels, n, total, grad, out);
+        softmax_gradients<T, kVectors, true>(logits, p.logits.level, p.levels, n, top, log_sum, grad, out);
       } else {
         for (int64_t i = 0; i < n; i += L) {
-          softmax_gradients<T, 1, false>(logits + i, p.logits.level, p.levels, minimum(L, n - i), total + i, grad + i,
-                                         out + i);
+          softmax_gradients<T, 1, false>(logits + i, p.logits.level, p.levels, minimum(L, n - i), top + i, log_sum + i,
+                                         grad + i, out + i);
         }
       }
       for (int64_t j = 0; j < n; ++j) out[p.target[first + j] * p.logits.level + j] -= grad[j];
@@ -241,12 +249,12 @@ void backward(const CategoricalNllBackward<T>& b, char* workspace, const Executo
       T* out = b.grad_logits + offset;
       const T grad = grad_of(i);
       if (p.logits.level == 1) {
-        gradients_of_row(logits, p.levels, p.total[i], grad, out);
+        gradients_of_row(logits, p.levels, p.top[i], p.log_sum[i], grad, out);
         out[p.target[i]] -= grad;
         return;
       }
       for (int64_t l = 0; l < p.levels; ++l) buffer[l] = logits[l * p.logits.level];
-      gradients_of_row<T>(buffer, p.levels, p.total[i], grad, buffer);
+      gradients_of_row<T>(buffer, p.levels, p.top[i], p.log_sum[i], grad, buffer);
       buffer[p.target[i]] -= grad;
       for (int64_t l = 0; l < p.levels; ++l) out[l * p.logits.level] = buffer[l];
     });

@@ -65,32 +65,36 @@ auto checked(const Tensor& logits, const Tensor& target, int64_t dim, F&& f) {
   return with_compute_type("logits", logits, f);
 }
 
-std::tuple<Tensor, Tensor> categorical_nll(const Tensor& logits, const Tensor& target, int64_t dim, bool by_position) {
-  return checked(logits, target, dim, [&]<class T>(T) -> std::tuple<Tensor, Tensor> {
+std::tuple<Tensor, Tensor, Tensor> categorical_nll(const Tensor& logits, const Tensor& target, int64_t dim,
+                                                   bool by_position) {
+  return checked(logits, target, dim, [&]<class T>(T) -> std::tuple<Tensor, Tensor, Tensor> {
     Inputs<T> in(logits, target, dim, by_position);
-    const Tensor total = empty_like(target, kScalar<T>);
+    const Tensor top = empty_like(target, kScalar<T>), log_sum = empty_like(target, kScalar<T>);
     Tensor out = by_position ? empty_like(target, kScalar<T>) : empty({target.size(0)}, kScalar<T>);
     in.p.out = data<T>(out);
-    in.p.total = data<T>(total);
+    in.p.top = data<T>(top);
+    in.p.log_sum = data<T>(log_sum);
     if (in.p.positions > 0) {
       run_kernel(GENFUSE_DISPATCH(categorical_nll_kernel<T>)(), in.p);
     } else {
       torch::stable::zero_(out);
     }
-    return {out, total};
+    return {out, top, log_sum};
   });
 }
 
 Tensor categorical_nll_backward(const OptionalTensor& grad, const Tensor& logits, const Tensor& target,
-                                const Tensor& total, int64_t dim, bool by_position, int64_t needs) {
+                                const Tensor& top, const Tensor& log_sum, int64_t dim, bool by_position,
+                                int64_t needs) {
   return checked(logits, target, dim, [&]<class T>(T) -> Tensor {
     if ((needs & 1) == 0) return nothing(logits.scalar_type());
     Tensor result = torch::stable::empty_like(logits);
     prefer_huge_pages(result);
     if (!grad.has_value() || logits.numel() == 0) return torch::stable::zero_(result);
     Inputs<T> in(logits, target, dim, by_position);
-    STD_TORCH_CHECK(total.numel() == in.p.positions, "log_sum_exp must have the shape of target, got ",
-                    shape_of(total));
+    STD_TORCH_CHECK(top.numel() == in.p.positions, "top must have the shape of target, got ", shape_of(top));
+    STD_TORCH_CHECK(log_sum.numel() == in.p.positions, "log_sum must have the shape of target, got ",
+                    shape_of(log_sum));
     STD_TORCH_CHECK(grad->numel() == (by_position ? in.p.positions : target.size(0)),
                     "grad must have the shape of the result, got ", shape_of(*grad));
     // The gradient lies as the logits do; where that is no dense tensor, both are brought in order.
@@ -102,10 +106,12 @@ Tensor categorical_nll_backward(const OptionalTensor& grad, const Tensor& logits
       in.p.logits = levels_of<T>(in.held, dim);
       held = result.is_contiguous() && logits.scalar_type() == kScalar<T> ? result : empty_like(logits, kScalar<T>);
     }
-    const Tensor from = dense("grad", *grad, kScalar<T>), sums = dense("log_sum_exp", total, kScalar<T>);
+    const Tensor from = dense("grad", *grad, kScalar<T>);
+    const Tensor tops = dense("top", top, kScalar<T>), sums = dense("log_sum", log_sum, kScalar<T>);
     CategoricalNllBackward<T> b;
     b.forward = in.p;
-    b.forward.total = data<T>(sums);
+    b.forward.top = data<T>(tops);
+    b.forward.log_sum = data<T>(sums);
     b.grad = read<T>(from);
     b.grad_logits = data<T>(held);
     run_kernel(GENFUSE_DISPATCH(categorical_nll_backward_kernel<T>)(), b);

@@ -160,7 +160,8 @@ void categorical_nll_case_of(Random& random, std::string& description) {
     Results<T> results;
     genfuse::CategoricalNll<T> forward = p;
     forward.out = results.add("nll", rows);
-    forward.total = results.add("total", p.positions);
+    forward.top = results.add("top", p.positions);
+    forward.log_sum = results.add("log_sum", p.positions);
     run(FUZZ_VERSION(isa, categorical_nll_kernel<T>)(), forward, pool.executor);
     genfuse::CategoricalNllBackward<T> b;
     b.forward = forward;

@@ -21,10 +21,10 @@ __all__ = ["categorical_nll"]
 _INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
-def _fake(logits: Tensor, target: Tensor, dim: int, by_position: bool) -> tuple[Tensor, Tensor]:
+def _fake(logits: Tensor, target: Tensor, dim: int, by_position: bool) -> tuple[Tensor, Tensor, Tensor]:
     wide, shape = wide_dtype(logits), target.shape
-    total = logits.new_empty(shape, dtype=wide)
-    return logits.new_empty(shape if by_position else shape[:1], dtype=wide), total
+    nll = logits.new_empty(shape if by_position else shape[:1], dtype=wide)
+    return nll, logits.new_empty(shape, dtype=wide), logits.new_empty(shape, dtype=wide)
 
 
 _NLL = Operator(
@@ -32,9 +32,9 @@ _NLL = Operator(
     arguments=("logits", "target", "dim", "by_position"),
     tensors=2,
     differentiable=1,
-    outputs=2,
-    constants=(1,),
-    saved=(1,),
+    outputs=3,
+    constants=(1, 2),
+    saved=(1, 2),
     reference=reference.categorical_nll,
     fake=_fake,
     fake_gradient=lambda index, tensor: torch.empty_like(tensor),
@@ -45,10 +45,10 @@ _NLL = Operator(
 def categorical_nll(logits: Tensor, target: Tensor, *, dim: int = 1, reduction: str = "none") -> Tensor:
     r"""Negative log-likelihood of levels under the softmax of logits: :math:`\ln \sum_l e^{z_l} - z_x`.
 
-    The likelihood of PixelCNN's 256 levels (van den Oord, Kalchbrenner and Kavukcuoglu 2016, arXiv 1601.06759, section
-    3.4); ``torch.nn.functional.cross_entropy`` with the levels in any dimension, summed over each image. The logits are
-    read where they lie, in whatever view and memory format, once; backward keeps the inputs and a number for each
-    position.
+    The likelihood of PixelCNN's 256 levels (van den Oord, Kalchbrenner and Kavukcuoglu 2016, arXiv 1601.06759, "Pixels
+    as Discrete Variables"); ``torch.nn.functional.cross_entropy`` with the levels in any dimension, summed over each
+    image. The logits are read where they lie, in whatever view and memory format, once; backward keeps the inputs and
+    two numbers for each position. What all logits of a position have in common costs no precision.
 
     Args:
         logits: ``[B, ..., L, ...]``, with the levels in dimension ``dim``, say ``[B, L, H, W]``, or ``[B, C, L, H, W]``
@@ -105,7 +105,7 @@ def categorical_nll(logits: Tensor, target: Tensor, *, dim: int = 1, reduction: 
         if low < 0 or high >= levels:
             wrong = low if low < 0 else high
             raise IndexError(f"{op}: target must hold levels in [0, {levels}), got {wrong}")
-    nll, _ = _NLL.run(op, logits, (logits, target, dim, reduction == "pixel"))
+    nll, _, _ = _NLL.run(op, logits, (logits, target, dim, reduction == "pixel"))
     return nll if reduction in ("none", "pixel") else reduced(nll, reduction, math.prod(target.shape[1:]))
 
 

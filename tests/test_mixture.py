@@ -542,6 +542,22 @@ def test_the_ends_of_what_is_drawn(backend: str) -> None:
             assert float(sample(dead, u=torch.tensor([first, 0.5]).view(1, 2, 1))) == pytest.approx(0.25, abs=4e-3)
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_the_coldest_draw_is_of_the_likeliest_component(dtype: torch.dtype, backend: str) -> None:
+    """At its mean; nothing overflows."""
+    params = torch.tensor([-40.0, 30.0, 29.0, -0.5, 0.25, 0.75, -1.0, -1.0, -1.0], dtype=dtype).view(1, 9, 1)
+    with genfuse.use_backend(backend):
+        for u in (0.0, 0.9):
+            noise = torch.full((1, 2, 1), u, dtype=dtype)
+            found = sample(params, u=noise, temperature=torch.finfo(dtype).tiny, snap=False)
+            assert float(found) == pytest.approx(0.25)
+    with pytest.raises(RuntimeError, match="temperature"):
+        torch.ops.genfuse.discretized_logistic_mixture_sample(
+            params, noise, None, 1, 8, 0, -7.0, 1e-46 if dtype == torch.float32 else 1e-310, False
+        )
+
+
 def test_components_are_chosen_as_classes_are() -> None:
     """By inversion in their order; one without weight never, whatever u is."""
     logits = torch.tensor([0.3, -INF, 1.0, -200.0, -0.5, -INF])
@@ -673,8 +689,13 @@ SAMPLE_ERRORS: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]
     ((P[:, :7],), {}, RuntimeError, "params must have 10 M channels"),
     ((P,), {"layout": "wavenet"}, RuntimeError, "params must have 3 M channels"),
     ((P,), {"temperature": 0.0}, ValueError, "temperature must be above 0 and finite, got 0.0"),
+    ((P,), {"temperature": 1e-46}, ValueError, "temperature must be within float32's normal numbers, got 1e-46"),
+    ((P,), {"temperature": 1e-39}, ValueError, "temperature must be within float32's normal numbers, got 1e-39"),
+    ((P,), {"temperature": 1e39}, ValueError, r"temperature must be within float32's normal numbers, got 1e\+39"),
     ((P,), {"snap": 1}, TypeError, "snap must be a bool, got int"),
     ((P,), {"u": U[:, :, :3]}, RuntimeError, r"u must have shape \[2, 4, 4\], got \[2, 4, 3\]"),
+    ((P[:, :3],), {"u": torch.full((2, 5, 4), 0.5)}, RuntimeError, r"u must have shape \[2, 2, 4\], got \[2, 5, 4\]"),
+    ((P,), {"u": U[:, :3]}, RuntimeError, r"u must have shape \[2, 4, 4\], got \[2, 3, 4\]"),
     ((P,), {"u": U + 1.0}, ValueError, r"u must be in \[0, 1\)"),
     ((P,), {"u": U * NAN}, ValueError, r"u must be in \[0, 1\)"),
     ((P,), {"u": U.to("meta")}, RuntimeError, "u must be on cpu, as params is; got meta"),

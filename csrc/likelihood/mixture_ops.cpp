@@ -1,5 +1,7 @@
 #include "likelihood/mixture.h"
 
+#include <limits>
+
 #include "common/torch_glue.h"
 
 namespace genfuse {
@@ -174,7 +176,9 @@ Tensor discretized_logistic_mixture_sample(const Tensor& params, const OptionalT
   STD_TORCH_CHECK(params.dim() >= 2, "params must have at least 2 dimensions, [B, P, ...], got ", shape_of(params));
   STD_TORCH_CHECK(params.is_cpu(), "params must be on the CPU");
   STD_TORCH_CHECK(u.has_value() || rng.has_value(), "a sample needs u or rng");
-  STD_TORCH_CHECK(temperature > 0, "temperature must be above 0, got ", temperature);
+  const double least = params.scalar_type() == ScalarType::Double ? std::numeric_limits<double>::min()
+                                                                  : std::numeric_limits<float>::min();
+  STD_TORCH_CHECK(temperature >= least, "temperature must be at least ", least, ", got ", temperature);
   check_layout(layout, channels);
   check_bits(bits);
   return with_compute_type("params", params, [&]<class T>(T) {

@@ -248,7 +248,7 @@ def discretized_logistic_mixture_nll(
 
 
 def _infer_channels(op: str, params: Tensor, layout: object, u: Tensor | None) -> int:
-    if u is not None and u.dim() > 1:
+    if u is not None and u.dim() > 1 and u.shape[1] in (2, 4):
         return int(u.shape[1]) - 1
     if layout == "wavenet":
         return 1
@@ -289,7 +289,8 @@ def discretized_logistic_mixture_sample(
         bits: of a level, 1 to 24.
         layout: how the parameters lie.
         log_scale_min: the least log-scale. (The published sampler of audio has none by default.)
-        temperature: divides the logits and multiplies the scales; above 0.
+        temperature: divides the logits and multiplies the scales; above 0, and a normal number of the result's dtype
+            (float32: at least 1.2e-38).
         u: uniform numbers in [0, 1), ``[B, 1 + C, *S]``, instead of drawn ones, of any floating dtype.
         generator: where the random pair comes from if neither u nor rng is given; default torch's of params' device.
         rng: int64 ``[2]`` on params' device, the pair (seed, offset): u is then `philox_uniform` of it.
@@ -328,6 +329,10 @@ def discretized_logistic_mixture_sample(
     _check_parameters(op, params, channels)
     log_scale_min = check_number(op, "log_scale_min", log_scale_min)
     temperature = check_number(op, "temperature", temperature, above=0.0)
+    range_ = torch.finfo(wide_dtype(params))
+    if not range_.tiny <= temperature <= range_.max:
+        name = str(range_.dtype).rpartition(".")[2]
+        raise ValueError(f"{op}: temperature must be within {name}'s normal numbers, got {temperature}")
     if not isinstance(snap, bool):
         raise TypeError(f"{op}: snap must be a bool, got {type(snap).__name__}")
     pair = None

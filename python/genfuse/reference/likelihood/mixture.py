@@ -151,7 +151,7 @@ def discretized_logistic_mixture_sample(
         assert rng is not None
         u = philox_uniform(shape, rng, params.dtype)
     logits, mean, log_inverse, coefficients = _parameters(params, channels, layout, log_scale_min)
-    weights = (logits / temperature).movedim(1, -1)
+    weights = ((logits - logits.amax(1, keepdim=True)) / temperature).movedim(1, -1)
     (chosen,) = categorical_sample(weights, u[:, 0].unsqueeze(-1).to(params.dtype), None, 1)
     index = chosen.clamp(min=0).movedim(-1, 1).unsqueeze(1)  # [B, 1, 1, *S]
 

@@ -137,7 +137,8 @@ struct Plan {
     return interleaved ? channel % channel_groups : channel * channel_groups / of;
   }
 
-  // Taps in the order in which they lie in memory, and how far they reach. With no memory yet they are only counted.
+  // Taps in the order in which they lie in memory, and how far they reach: those from which some pixel sees the image,
+  // and no more than padding. With no memory yet they are only counted.
   void find_taps(const MaskedConv2d<T>& p) {
     const int64_t all = p.kernel_h * p.kernel_w;
     int64_t bottom = 0, right = 0;
@@ -150,6 +151,7 @@ struct Plan {
         dy = -dy;
         dx = -dx;
       }
+      if (dy >= height || dy + out_height <= 0 || dx >= width || dx + out_width <= 0) continue;
       top = tap_count == 0 ? dy : minimum(top, dy);
       left = tap_count == 0 ? dx : minimum(left, dx);
       bottom = tap_count == 0 ? dy : maximum(bottom, dy);

@@ -68,6 +68,8 @@ struct Inputs {
                     groups);
     STD_TORCH_CHECK(weight.size(2) % 2 == 1 && weight.size(3) % 2 == 1, "weight must have an odd kernel, got ",
                     shape_of(weight));
+    STD_TORCH_CHECK(weight.size(2) <= kMost && weight.size(3) <= kMost, "weight must have a kernel of at most ", kMost,
+                    " taps each way, got ", shape_of(weight));
     STD_TORCH_CHECK(mask >= 0 && mask <= static_cast<int64_t>(ConvMask::horizontal_b), "mask must be from 0 to 5, got ",
                     mask);
     STD_TORCH_CHECK(channel_groups >= 1 && channel_groups <= kMostChannelGroups, "channel_groups must be from 1 to ",
@@ -75,6 +77,10 @@ struct Inputs {
     STD_TORCH_CHECK(padding_h >= 0 && padding_w >= 0 && dilation_h >= 1 && dilation_w >= 1,
                     "padding must not be negative, and dilation be positive; got ", padding_h, ", ", padding_w, " and ",
                     dilation_h, ", ", dilation_w);
+    STD_TORCH_CHECK(dilation_h <= kMost && dilation_w <= kMost, "dilation must be at most ", kMost, ", got ",
+                    dilation_h, " and ", dilation_w);
+    STD_TORCH_CHECK(padding_h <= kMost && padding_w <= kMost, "padding must be at most ", kMost, ", got ", padding_h,
+                    " and ", padding_w);
     p.batch = x.size(0);
     p.inputs = x.size(1);
     p.height = x.size(2);
@@ -105,6 +111,7 @@ struct Inputs {
   }
 
   static constexpr int64_t kMostChannelGroups = 1 << 16;
+  static constexpr int64_t kMost = 1 << 24;  // so that products of two of them, and a size, are numbers
 };
 
 Tensor masked_conv2d(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t mask,

@@ -61,11 +61,22 @@ void masked_conv2d_case_of(Random& random, std::string& description) {
   p.outputs = p.groups * size();
   p.kernel_h = random.pick<int64_t>({1, 3, 3, 5, 7});
   p.kernel_w = random.pick<int64_t>({1, 3, 3, 5, 7});
-  p.dilation_h = random.chance(0.8) ? 1 : 1 + random.below(3);
-  p.dilation_w = random.chance(0.8) ? 1 : 1 + random.below(3);
+  // Also with taps beyond the image, from which nothing is seen.
+  const auto step = [&] {
+    if (random.chance(0.7)) return int64_t{1};
+    return random.chance(0.6) ? 1 + random.below(3) : random.pick<int64_t>({8, 13, 50, 1 << 13, 1 << 24});
+  };
+  p.dilation_h = step();
+  p.dilation_w = step();
   const bool same = random.chance(0.6);
-  p.padding_h = same ? p.dilation_h * (p.kernel_h / 2) : random.below(9);
-  p.padding_w = same ? p.dilation_w * (p.kernel_w / 2) : random.below(9);
+  // Of more than a few pixels apart about the half, so that the image stays small.
+  const auto border = [&](int64_t kernel, int64_t dilation) {
+    const int64_t half = dilation * (kernel / 2);
+    if (same) return half;
+    return dilation < 8 ? random.below(9) : half > 4 ? half + random.below(9) - 4 : random.below(5);
+  };
+  p.padding_h = border(p.kernel_h, p.dilation_h);
+  p.padding_w = border(p.kernel_w, p.dilation_w);
   const auto length = [&](int64_t kernel, int64_t dilation, int64_t padding) {
     const int64_t least = dilation * (kernel - 1) + 1 - 2 * padding;
     return (least > 1 ? least : 1) + (random.chance(0.9) ? random.below(12) : random.below(40));

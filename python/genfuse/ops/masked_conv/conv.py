@@ -21,6 +21,7 @@ _MASKS = ("A", "B", "vertical_A", "vertical_B", "horizontal_A", "horizontal_B")
 _NAMES = {**{name: code for code, name in enumerate(_MASKS)}, "vertical": 2, "horizontal": 4}
 _ORDERS = ("contiguous", "interleaved")
 _MOST_GROUPS = 65536  # of channels; the kernels multiply it by their number
+_MOST = 1 << 24  # of dilation and padding; the kernels multiply them by the kernel's size
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
@@ -115,6 +116,12 @@ def _check_pair(op: str, name: str, value: object, least: int, words: str = "") 
     return value, value
 
 
+def _check_most(op: str, name: str, pair: tuple[int, int]) -> None:
+    for value in pair:
+        if value > _MOST:
+            raise ValueError(f"{op}: {name} must be at most {_MOST}, got {value}")
+
+
 def check_mask(op: str, mask_type: object, channel_groups: object, channel_order: object) -> tuple[int, int, bool]:
     """The options of a mask as the operator takes them; raises what is wrong with them."""
     if not isinstance(mask_type, str) or mask_type not in _NAMES:
@@ -182,8 +189,9 @@ def masked_conv2d(
         mask_type: see above.
         channel_groups: into how many groups the channels of x and of the result fall: 3 for the colours of RGB.
         channel_order: "contiguous": channel c of C belongs to group c G // C; "interleaved": to group c % G.
-        padding: zeros on each side, ``(ph, pw)`` or one number for both; "same" keeps the size, "valid" is 0.
-        dilation: distance of the taps, ``(dh, dw)`` or one number.
+        padding: zeros on each side, ``(ph, pw)`` or one number for both, at most 2^24; "same" keeps the size, "valid"
+            is 0.
+        dilation: distance of the taps, ``(dh, dw)`` or one number, at most 2^24.
         groups: of channels that see only each other, as of ``F.conv2d``.
 
     Returns:
@@ -233,7 +241,9 @@ def masked_conv2d(
         if bias.dim() != 1 or bias.shape[0] != outputs:
             raise RuntimeError(f"{op}: bias must be [{outputs}], the outputs of weight; got {list(bias.shape)}")
     spread = _check_pair(op, "dilation", dilation, 1)
+    _check_most(op, "dilation", spread)
     border = check_padding(op, padding, spread, size)
+    _check_most(op, "padding", border)
     for name, length, pad, step, taps in zip(("H", "W"), x.shape[2:], border, spread, size, strict=True):
         if length + 2 * pad < step * (taps - 1) + 1:
             raise RuntimeError(

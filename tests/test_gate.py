@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -312,6 +313,23 @@ def test_the_ends_of_the_gate(dtype: torch.dtype) -> None:
             assert bool(((ours - truth).abs() <= 16 * ulp * truth.abs() + least)[finite].all())
             assert torch.equal(ours.isfinite()[wide_a.isfinite()], finite[wide_a.isfinite()])
         assert bool((y[(a == INF) & (b == INF)] == (1.0 if activation == "tanh" else INF)).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_shut_gate_is_0(dtype: torch.dtype) -> None:
+    """Whatever it is that it shuts out; and half shut, where e^b has lost places but is not 0, it is about that."""
+    far, most = (-200.0, 1e38) if dtype == torch.float32 else (-1000.0, 1e308)
+    x = torch.tensor([[most, far], [-most, far], [most, -INF], [most, INF], [INF, -INF], [-INF, far]], dtype=dtype)
+    x = x.repeat(20, 1).requires_grad_()  # whole vectors, and what is left
+    y = ops.gated_activation(x, activation="linear")
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    a, b = x.detach().unbind(1)
+    assert torch.equal(y[:, 0].nan_to_num(nan=7.0), (a * torch.sigmoid(b)).nan_to_num(nan=7.0))
+    assert torch.equal(grad[:, 0], torch.where(b > 0, 1.0, 0.0).to(dtype))
+    assert torch.equal(grad[:, 1][a.isfinite()], torch.zeros(80, dtype=dtype))
+    low = -90.0 if dtype == torch.float32 else -710.0
+    y = ops.gated_activation(torch.tensor([[most, low]], dtype=dtype), activation="linear")
+    close(y.double(), torch.tensor([[math.exp(low + math.log(most))]], dtype=torch.float64), rtol=1e-4, atol=0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

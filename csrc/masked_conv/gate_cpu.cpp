@@ -29,7 +29,8 @@ GENFUSE_HD Vec<T> with_sign_of(Vec<T> x, Vec<T> other) {
                                   (reinterpret_cast<VecInt<T>>(other) & kSign<T>));
 }
 
-// e^x and e^x - 1 for x <= 0, each with its relative accuracy. The exponential stops at the least normal number.
+// e^x and e^x - 1 for x <= 0, each with its relative accuracy. The exponential ends at 0: a shut gate is shut for any
+// a.
 template <class T>
 struct Decay {
   Vec<T> exp, expm1;
@@ -42,11 +43,24 @@ struct Decay {
   }
 };
 
+// e^x for x <= 0, for the gate. Where a is not bounded it ends at 0, so that a shut gate is shut for any a.
+template <class T, bool linear>
+GENFUSE_HD Vec<T> decay_of(Vec<T> x) {
+  if constexpr (!linear) return Decay<T>(x).exp;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return exp_wide<T>(x);
+#endif
+  const Vec<T> decay = Decay<T>(x).exp;
+  if (any_lane(x < ExpConstants<T>::lowest)) [[unlikely]]
+    return exp_wide<T>(x);
+  return decay;
+}
+
 // Both functions as fractions whose denominators lie within 1 and 2, so that one division serves for both and nothing
 // overflows: tanh a = +-(1 - e^-2|a|) / (1 + e^-2|a|), sigmoid b = (1 or e^-|b|) / (1 + e^-|b|).
 template <class T, bool linear>
 GENFUSE_HD Vec<T> gated(Vec<T> a, Vec<T> b) {
-  const Vec<T> decay = Decay<T>(minus_magnitude<T>(b)).exp;
+  const Vec<T> decay = decay_of<T, linear>(minus_magnitude<T>(b));
   const Vec<T> up = b >= 0 ? broadcast(T(1)) : decay, down = decay + 1;
   if constexpr (linear) return a * (up / down);
   const Vec<T> m = Decay<T>(minus_magnitude<T>(a + a)).expm1;
@@ -56,7 +70,7 @@ GENFUSE_HD Vec<T> gated(Vec<T> a, Vec<T> b) {
 // The gradients of a and b, where that of y is g.
 template <class T, bool linear>
 GENFUSE_HD void gated_backward(Vec<T> a, Vec<T> b, Vec<T> g, Vec<T>& by_a, Vec<T>& by_b) {
-  const Vec<T> decay = Decay<T>(minus_magnitude<T>(b)).exp;
+  const Vec<T> decay = decay_of<T, linear>(minus_magnitude<T>(b));
   const Vec<T> up = b >= 0 ? broadcast(T(1)) : decay, down = decay + 1;
   if constexpr (linear) {
     const Vec<T> inverse = 1 / down;

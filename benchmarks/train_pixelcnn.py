@@ -234,8 +234,7 @@ def render(record: dict[str, Any]) -> str:
         share = "all" if least == 1.0 else f"at least {least:.2%}"
         lines += [
             "",
-            f"genfuse's naive loops drew {share} of the pixels as its cached sampler did, where they were run to their "
-            "end.",
+            f"genfuse's naive loops, where run to their end, drew {share} of the pixels as its cached sampler.",
         ]
     if estimated:
         lines += ["", "Times with *about* are estimated from some of the loop's passes."]

@@ -16,8 +16,8 @@ from genfuse import ops
 from genfuse.reference.flow import pointwise as reference
 from operator_cases import check, make
 from torch import Tensor
+from torch import library as registry
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.library import opcheck
 
 close = torch.testing.assert_close
 ORDERS = ("multiply_add", "add_multiply")
@@ -322,7 +322,7 @@ def test_logit_quantize(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 def test_opcheck_of_logit_quantize() -> None:
-    opcheck(torch.ops.genfuse.logit_quantize.default, (torch.randn(3, 5), 256, 0.05))
+    registry.opcheck(torch.ops.genfuse.logit_quantize.default, (torch.randn(3, 5), 256, 0.05))
     result = torch.vmap(ops.logit_quantize)(torch.randn(3, 5))
     assert result.shape == (3, 5)
 

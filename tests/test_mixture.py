@@ -19,6 +19,7 @@ from genfuse.reference import likelihood as reference
 from operator_cases import check, make
 from scipy import stats
 from torch import Tensor
+from torch import library as registry
 
 NLL = "discretized_logistic_mixture_nll"
 INF, NAN = float("inf"), float("nan")
@@ -612,11 +613,11 @@ def test_channels_are_found_or_asked_for() -> None:
 def test_samples_compile_and_vectorise() -> None:
     params = torch.randn(4, 20, 5)
     u = uniforms(4, 4, 5).float()
-    torch.library.opcheck(
+    registry.opcheck(
         torch.ops.genfuse.discretized_logistic_mixture_sample.default,
         (params, u, None, 3, 8, 0, -7.0, 1.0, True),
     )
-    torch.library.opcheck(
+    registry.opcheck(
         torch.ops.genfuse.discretized_logistic_mixture_sample.default,
         (params, None, torch.tensor([1, 2]), 3, 8, 0, -7.0, 1.0, True),
     )
